@@ -1,0 +1,18 @@
+# make repro: run the pipeline. make test: lint and tests. Each sets up .venv when it is missing or out of date.
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: repro test
+
+repro: .venv/installed
+	dvc repro
+
+test: .venv/installed
+	ruff check . && ruff format --check .
+	python -m pytest -q
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

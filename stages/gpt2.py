@@ -1,0 +1,141 @@
+"""GPT-2 as transformers defines and initialises it, with a leaner forward pass of our own.
+
+Training and evaluation need next-token losses and nothing else: no cache, no attention mask, no
+output objects. `logits` computes what `GPT2LMHeadModel.forward` does from the same weights; a
+test holds the two against each other.
+"""
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+
+from stages.settings import UserError
+
+# Its notes and loading bars are about choices made here on purpose.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights (from torch's global seed), of the shape in the model group."""
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=settings.block_size,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        n_embd=settings.n_embd,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2LMHeadModel:
+    """The GPT-2 of model.from_pretrained, ready to be fine-tuned.
+
+    Raises:
+        UserError: it can't be had, is no GPT-2, has too few positions, or another vocabulary.
+    """
+    name, key = settings.from_pretrained, "model.from_pretrained"
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub, the files and the config's own code each raise their own
+        why = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{key}: {name!r} is no model folder, and no Hugging Face id that is cached or can be downloaded: {why}"
+        ) from None
+    if config.model_type != "gpt2":
+        raise UserError(f"{key}: {name!r} is a {config.model_type} model: only gpt2 can be trained here")
+    if settings.block_size > config.n_positions:
+        raise UserError(
+            f"model.block_size: {settings.block_size} is above the {config.n_positions} positions of {name!r}"
+        )
+    if max(vocab.values()) >= config.vocab_size:
+        raise UserError(
+            f"{key}: {name!r} has {config.vocab_size:,} tokens, the tokenizer {max(vocab.values()) + 1:,}: "
+            f"set tokenizer.tokenizer_model to {name!r} too"
+        )
+    try:
+        its_vocab = AutoTokenizer.from_pretrained(name).get_vocab()
+    except Exception:
+        its_vocab = vocab  # a model saved without its tokenizer: only the size can be compared
+    if its_vocab != vocab:
+        raise UserError(
+            f"{key}: {name!r} was trained with another tokenizer than models/tokenizer's: "
+            f"set tokenizer.tokenizer_model to {name!r} too"
+        )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = settings.dropout
+    config.bos_token_id = config.eos_token_id = end_of_text
+    return load_model(name, config)
+
+
+def load_model(folder, config: GPT2Config | None = None) -> GPT2LMHeadModel:
+    """A GPT-2 folder or id, in float32.
+
+    Raises:
+        UserError: a file is missing, cut short, or holds other weights than config.json says.
+    """
+    try:
+        config = config or AutoConfig.from_pretrained(folder)
+        if config.model_type != "gpt2":
+            raise ValueError(f"a {config.model_type} model, not gpt2")
+        model, report = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, transformers and json each raise their own
+        why = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: no working GPT-2 ({why}): make it again with `dvc repro`") from None
+    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise UserError(f"{folder}: its weight file lacks {missing[0]}: make it again with `dvc repro`")
+    return model
+
+
+def logits(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+    """Next-token logits.
+
+    Args:
+        input_ids: (B, T) int64, T up to the model's positions.
+    Returns:
+        (B, T, V), in the weights' dtype or autocast's.
+    """
+    return F.linear(hidden_states(model, input_ids), model.lm_head.weight)
+
+
+def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+    """The last layer's output after its norm: (B, T, n_embd)."""
+    body, config = model.transformer, model.config
+    x = body.wte(input_ids) + body.wpe.weight[: input_ids.shape[1]]
+    x = F.dropout(x, config.embd_pdrop, model.training)
+    for block in body.h:
+        x = x + attention(block.attn, block.ln_1(x))
+        x = x + mlp(block.mlp, block.ln_2(x))
+    return body.ln_f(x)
+
+
+def attention(attn, x: Tensor) -> Tensor:
+    config = attn.config
+    B, T, C = x.shape
+    q, k, v = conv1d(attn.c_attn, x).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
+    y = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, dropout_p=config.attn_pdrop if attn.training else 0.0, scale=attn.scaling
+    )
+    y = conv1d(attn.c_proj, y.transpose(1, 2).reshape(B, T, C))
+    return F.dropout(y, config.resid_pdrop, attn.training)
+
+
+def mlp(mlp, x: Tensor) -> Tensor:
+    x = conv1d(mlp.c_fc, x)
+    # gelu_new is this very function, in one kernel instead of eight.
+    x = F.gelu(x, approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
+    return F.dropout(conv1d(mlp.c_proj, x), mlp.dropout.p, mlp.training)
+
+
+def conv1d(layer, x: Tensor) -> Tensor:
+    """GPT-2 keeps its weights as (in, out), the transpose of torch's Linear."""
+    return torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)

@@ -1,0 +1,101 @@
+"""Reading UTF-8 text of any size: documents, and pieces of them small enough to encode at once."""
+
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stages.settings import UserError
+
+PIECE_BYTES = 1 << 18
+RELEASE_BYTES = 1 << 26
+
+BLANK_LINES = re.compile(rb"\r?\n(?:[ \t\r\f\v]*\n)+")
+LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
+LINE = re.compile(rb"[^\n]+")
+# Byte-level BPE never joins a visible character with white space after it, so a cut there
+# changes no token (https://github.com/openai/gpt-2, the pattern in src/encoder.py).
+SAFE_CUT = re.compile(r"\S(?=[ \n])")
+
+
+@contextmanager
+def open_text(path: str) -> Iterator[mmap.mmap]:
+    """The bytes of a text file, mapped into memory.
+
+    Raises:
+        UserError: the file is missing, unreadable, no file, or empty.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file: set the data group of params.yaml to your text")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: not a file")
+    try:
+        with open(path, "rb") as file:
+            if os.path.getsize(path) == 0:
+                raise UserError(f"{path}: empty file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                yield text
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+
+
+def document_spans(text: mmap.mmap, document: str) -> Iterator[tuple[int, int]]:
+    """Start and end (byte offsets) of each document, in file order, blank ones left out.
+
+    A document of blank_line or line mode ends before its last line end ("\\n" or "\\r\\n").
+    """
+    if document == "file":
+        yield 0, len(text)
+    elif document == "line":
+        for match in LINE.finditer(text):
+            end = match.end() - text[match.start() : match.end()].endswith(b"\r")
+            if text[match.start() : end].strip():
+                yield match.start(), end
+    else:
+        start = LEADING_BLANK_LINES.match(text).end()
+        for match in BLANK_LINES.finditer(text, start):
+            yield start, match.start()
+            start = match.end()
+        tail = text[max(start, len(text) - 2) :]
+        end = len(text) - (2 if tail == b"\r\n" else tail.endswith(b"\n"))
+        if text[start : min(end, start + PIECE_BYTES)].strip() or end - start > PIECE_BYTES:
+            yield start, end
+
+
+def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
+    """The text between two byte offsets, in pieces of at most PIECE_BYTES.
+
+    A piece ends between a visible character and white space where there is such a place near the
+    limit, and anywhere between two characters otherwise.
+
+    Raises:
+        UserError: the bytes are not UTF-8; it names the offset of the first bad one.
+    """
+    released = start
+    while start < end:
+        stop = min(start + PIECE_BYTES, end)
+        while stop < end and text[stop] & 0xC0 == 0x80 and stop > start + PIECE_BYTES - 4:
+            stop -= 1
+        try:
+            piece = text[start:stop].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: not UTF-8 at byte offset {start + error.start:,}: convert the file to UTF-8"
+            ) from None
+        if stop < end:
+            cuts = [match.end() for match in SAFE_CUT.finditer(piece, len(piece) - 4096 if len(piece) > 4096 else 0)]
+            if cuts:
+                piece = piece[: cuts[-1]]
+                stop = start + len(piece.encode())
+        yield piece
+        start = stop
+        if start - released > RELEASE_BYTES:
+            release(text, start)
+            released = start
+
+
+def release(text: mmap.mmap, end: int) -> None:
+    """Gives the pages before a byte offset back, so that resident memory doesn't grow with the file."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        text.madvise(mmap.MADV_DONTNEED, 0, end // mmap.PAGESIZE * mmap.PAGESIZE)

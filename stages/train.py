@@ -1,0 +1,602 @@
+"""Makes models/gpt2/: a GPT-2 trained with PyTorch Lightning, at its best validation loss.
+
+Interrupted, it goes on from its last checkpoint in models/checkpoints/ at the next run with the
+same settings and data.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import Callback, ProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+from stages import gpt2
+from stages.atomic import new_folder, write_text
+from stages.blocks import Split, load_split, load_tokenizer
+from stages.settings import UserError, load, make_parser, run
+
+TOKENIZER = Path("models/tokenizer")
+MODEL = Path("models/gpt2")
+CHECKPOINTS = Path("models/checkpoints")
+METRICS = Path("metrics")
+HISTORY_POINTS = 200
+KEPT_CHECKPOINTS = 2  # when the newest is damaged, the one before it serves
+METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
+
+
+def main() -> None:
+    parser = make_parser("train", __doc__)
+    settings = load(parser)
+    quiet_libraries()
+    train_split, valid_split = load_split("train"), load_split("valid")
+    tokenizer, end_of_text, fingerprint = load_tokenizer(TOKENIZER)
+    for split in (train_split, valid_split):
+        if split.tokenizer != fingerprint:
+            raise UserError("data/blocks was made by another tokenizer than models/tokenizer: run `dvc repro`")
+    T, batch_size = settings.model.block_size, settings.optimizer.batch_size
+    if len(train_split.tokens) <= T:
+        raise UserError(
+            f"model.block_size: {T} is more than the {len(train_split.tokens) - 1:,} tokens to predict in train"
+        )
+    if (len(train_split.tokens) - 1) // T < batch_size:
+        raise UserError(
+            f"optimizer.batch_size: train has only {(len(train_split.tokens) - 1) // T:,} blocks of "
+            f"model.block_size {T}, less than one batch of {batch_size}: lower one of them"
+        )
+
+    pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
+    if settings.model.from_pretrained is None:
+        model = gpt2.new_model(settings.model, train_split.vocab_size, end_of_text)
+    else:
+        model = gpt2.pretrained_model(settings.model, tokenizer.get_vocab(), end_of_text)
+
+    identity = run_identity(settings, parser, train_split, valid_split)
+    checkpoints = Checkpoints(CHECKPOINTS / identity[:16], identity, fingerprint, settings.runtime)
+    resume = checkpoints.newest()
+    history = History()
+    trainer_settings = parser.instantiate(settings).trainer.as_dict()
+    callbacks = trainer_settings.pop("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    check_monitors(callbacks)
+    progress = [ProgressLine()] if settings.runtime.enable_progress_bar else []
+    try:
+        trainer = pl.Trainer(
+            **trainer_settings,
+            callbacks=[*callbacks, history, checkpoints, *progress],
+            logger=TensorBoardLogger("logs", name="", version=identity[:16], default_hp_metric=False),
+            log_every_n_steps=settings.runtime.log_every_n_steps,
+            enable_progress_bar=settings.runtime.enable_progress_bar,
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
+            profiler=settings.runtime.profiler,
+            use_distributed_sampler=False,
+        )
+        if batch_size % trainer.world_size:
+            raise UserError(
+                f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
+            )
+        data = Blocks(train_split, valid_split, T, batch_size, settings)
+        module = LanguageModel(model, settings)
+        if trainer.is_global_zero:
+            parameters = sum(p.numel() for p in model.parameters())
+            print(
+                f"GPT-2 with {parameters:,} parameters on {len(train_split.tokens):,} tokens"
+                + (f", going on from {resume}" if resume else "")
+            )
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+    except Interrupted as error:
+        print(f"stopped by {error.signal.name}: `dvc repro` goes on from step {trainer.global_step:,}", file=sys.stderr)
+        sys.exit(128 + error.signal)
+
+    if trainer.is_global_zero:
+        best_step = checkpoints.restore_best(module)
+        with new_folder(MODEL) as folder:
+            model.save_pretrained(folder)
+            for file in sorted(TOKENIZER.iterdir()):
+                shutil.copy(file, folder / file.name)
+        history.write(METRICS)
+        write_run_figures(trainer, checkpoints, history, best_step)
+        checkpoints.mark_finished()
+    trainer.strategy.barrier("exported")
+
+
+class LanguageModel(pl.LightningModule):
+    """A GPT-2 and how its loss is computed and its weights are updated."""
+
+    def __init__(self, model, settings):
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.valid_nll = self.valid_tokens = 0.0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean loss (nats a token) of (B, T + 1) int64 token ids."""
+        if self.settings.model.dropout > 0:
+            # Dropout draws from the step's own seed, so that a resumed run draws the same.
+            step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
+        logits = gpt2.logits(self.model, batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        self.log("loss", loss.detach())
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.valid_nll = self.valid_tokens = 0.0
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        logits = gpt2.logits(self.model, batch[:, :-1])
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+        self.valid_nll += nll.double().sum()
+        self.valid_tokens += nll.numel()
+
+    def on_validation_epoch_end(self) -> None:
+        sums = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (self.valid_nll, self.valid_tokens)]
+        )
+        nll, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        loss = nll / tokens
+        # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
+        self.valid_loss = loss
+        self.log("valid_loss", loss, rank_zero_only=False)
+        self.log("valid_ppl", math.exp(min(loss, 700.0)))
+
+    def configure_optimizers(self) -> dict:
+        settings = self.settings.optimizer
+        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
+        adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": True}
+        no_decay = {"params": vectors, "weight_decay": 0.0}
+        if settings.name == "muon":
+            hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
+            others = [p for p in matrices if all(p is not h for h in hidden)]
+            optimizer = MuonAndAdamW(
+                torch.optim.Muon(
+                    hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+                ),
+                torch.optim.AdamW([{"params": others, "weight_decay": settings.weight_decay}, no_decay], **adamw),
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                [{"params": matrices, "weight_decay": settings.weight_decay}, no_decay], **adamw
+            )
+        total = settings.num_training_steps or self.trainer.estimated_stepping_batches
+        if settings.num_warmup_steps >= total:
+            raise UserError(
+                f"optimizer.num_warmup_steps: {settings.num_warmup_steps} of {total} training steps: lower it"
+            )
+        if math.isinf(total) and settings.schedule != "constant":
+            raise UserError(
+                f"optimizer.num_training_steps: null, but {settings.schedule} needs to know where training ends"
+            )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def lr_factor(step: int, total: float, settings) -> float:
+    """Learning rate of an optimizer step, counted from 0, as a fraction of the peak."""
+    if step < settings.num_warmup_steps:
+        return (step + 1) / settings.num_warmup_steps
+    if settings.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - settings.num_warmup_steps) / max(1, total - settings.num_warmup_steps))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimizers that Lightning and the schedule see as one."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self.parts = (muon, adamw)
+        super().__init__([p for part in self.parts for group in part.param_groups for p in group["params"]], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for part, part_state in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(part_state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+class BlockDataset(Dataset):
+    """Blocks of a token stream: inputs and, one further, their targets."""
+
+    def __init__(self, split: Split, block_size: int):
+        self.split, self.T = split, block_size
+
+    def __getitems__(self, blocks: list[int]) -> Tensor:
+        """(B, T + 1) int64 token ids of B blocks; the stream's last block alone may be shorter."""
+        T, tokens = self.T, self.split.tokens
+        batch = np.stack([tokens[i * T : i * T + T + 1] for i in blocks]).astype(np.int64)
+        if batch.max() >= self.split.vocab_size:
+            raise UserError(
+                f"data/blocks/{self.split.name}.npy: token id {batch.max()} is outside the vocabulary of "
+                f"{self.split.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
+            )
+        return torch.from_numpy(batch)
+
+
+class ShuffledBatches(Sampler):
+    """Batches of block numbers, shuffled by seed and epoch alone: there is no state to lose.
+
+    Each process takes its share of a batch, so what a step learns from doesn't depend on how
+    many there are. An incomplete last batch of an epoch is left out.
+    """
+
+    def __init__(self, blocks: int, batch_size: int, seed: int, trainer: pl.Trainer):
+        self.blocks, self.batch_size, self.seed, self.trainer = blocks, batch_size, seed, trainer
+
+    def __len__(self) -> int:
+        return self.blocks // self.batch_size
+
+    def __iter__(self):
+        epoch = self.trainer.current_epoch
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not 0 when resumed
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
+        for i in range(done, len(self)):
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
+
+
+class Blocks(pl.LightningDataModule):
+    """The batches of training and validation."""
+
+    def __init__(self, train: Split, valid: Split, block_size: int, batch_size: int, settings):
+        super().__init__()
+        self.train, self.valid, self.T, self.batch_size, self.settings = train, valid, block_size, batch_size, settings
+
+    def loader(self, split: Split, batches) -> DataLoader:
+        workers = self.settings.runtime.num_workers
+        return DataLoader(
+            BlockDataset(split, self.T),
+            batch_sampler=batches,
+            collate_fn=lambda batch: batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        blocks = (len(self.train.tokens) - 1) // self.T
+        seed = self.settings.seed_everything
+        return self.loader(self.train, ShuffledBatches(blocks, self.batch_size, seed, self.trainer))
+
+    def val_dataloader(self) -> DataLoader:
+        whole = (len(self.valid.tokens) - 1) // self.T
+        last = [[whole]] if (len(self.valid.tokens) - 1) % self.T else []
+        batches = [list(range(i, min(i + self.batch_size, whole))) for i in range(0, whole, self.batch_size)] + last
+        return self.loader(self.valid, batches[self.trainer.global_rank :: self.trainer.world_size])
+
+
+class History(Callback):
+    """Loss and learning rate over the run, at points that no logging setting moves; stops at NaN."""
+
+    def __init__(self):
+        self.train, self.valid, self.losses = [], [], []
+
+    def on_train_start(self, trainer, module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.interval = max(1, math.ceil(steps / HISTORY_POINTS)) if math.isfinite(steps) else 100
+        self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
+        self.accumulate = trainer.accumulate_grad_batches
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        stepped = (
+            batch_idx + 1
+        ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        # Looking at a loss makes the host wait for a GPU, so there it is done at the points only.
+        if module.device.type == "cpu":
+            self.check(trainer)
+        if stepped and trainer.global_step % self.interval == 0:
+            self.check(trainer)
+            loss = trainer.strategy.reduce(torch.stack(self.losses).double().mean(), reduce_op="mean").item()
+            self.train.append(
+                {
+                    "step": trainer.global_step,
+                    "tokens": self.tokens(trainer),
+                    "train_loss": loss,
+                    "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                }
+            )
+            self.losses = []
+
+    def tokens(self, trainer) -> int:
+        return trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.T * self.batch_size
+
+    def check(self, trainer) -> None:
+        finite = torch.isfinite(torch.stack(self.losses[-1:] if self.losses[-1].device.type == "cpu" else self.losses))
+        if not finite.all():
+            behind = len(finite) - int(finite.logical_not().nonzero()[0]) - 1
+            step = trainer.global_step - behind // trainer.accumulate_grad_batches
+            raise UserError(
+                f"loss is not a finite number at step {step}: lower optimizer.lr, or set "
+                "trainer.gradient_clip_val (checkpoints made before it are kept)"
+            )
+
+    def on_validation_end(self, trainer, module) -> None:
+        if not trainer.sanity_checking:
+            self.valid.append(
+                {"step": trainer.global_step, "tokens": self.tokens(trainer), "valid_loss": module.valid_loss}
+            )
+
+    def state_dict(self) -> dict:
+        return {"train": self.train, "valid": self.valid, "losses": [loss.cpu() for loss in self.losses]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train, self.valid, self.losses = state["train"], state["valid"], state["losses"]
+
+    def write(self, folder: Path) -> None:
+        columns = {"train": ["step", "tokens", "train_loss", "lr"], "valid": ["step", "tokens", "valid_loss"]}
+        for name, rows in (("train", self.train), ("valid", self.valid)):
+            write_text(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns[name]).to_csv(index=False))
+
+
+class Interrupted(Exception):
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+class Checkpoints(Callback):
+    """Keeps what a killed run needs to go on, and the weights with the best validation loss.
+
+    A resume checkpoint is made between two optimizer steps, after the validation that the first
+    of them may have brought, so nothing is done twice or left out.
+    """
+
+    def __init__(self, folder: Path, identity: str, tokenizer: str, settings):
+        self.folder, self.identity, self.tokenizer = folder, identity, tokenizer
+        self.every_steps = settings.checkpoint_every_n_steps
+        self.every_seconds = settings.checkpoint_every_n_minutes * 60
+        self.best_loss, self.best_step = math.inf, None
+        self.seconds = self.validation_seconds = 0.0
+        self.received = None
+
+    def newest(self) -> str | None:
+        """The newest whole checkpoint of this very run; damaged ones are passed over."""
+        for path in sorted(self.folder.glob("step-*.ckpt"), reverse=True):
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    whole = archive.testzip() is None
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                if whole and checkpoint.get("identity") == self.identity:
+                    return str(path)
+                why = "its contents don't match their checksums" if not whole else "it belongs to another run"
+            except Exception as error:  # a damaged file can fail in any way
+                why = str(error).strip().split("\n")[0]
+            print(f"note: {path} is passed over: {why}", file=sys.stderr)
+        return None
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        # What a checkpoint needs to be measured on its own, and to be resumed by its own run only.
+        checkpoint |= {
+            "identity": self.identity,
+            "gpt2_config": module.model.config.to_dict(),
+            "tokenizer": self.tokenizer,
+        }
+
+    def state_dict(self) -> dict:
+        return {
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "validation_seconds": self.validation_seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        self.seconds, self.validation_seconds = state["seconds"], state["validation_seconds"]
+
+    def on_train_start(self, trainer, module) -> None:
+        self.started = self.last_saved = time.monotonic()
+        self.last_step = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        self.received = number
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        if not between_steps or trainer.global_step == self.last_step:
+            return
+        step = trainer.global_step
+        now = time.monotonic()
+        received, elapsed = self.agree(trainer, now - self.last_saved)
+        due = self.every_steps and step % self.every_steps == 0 or self.every_seconds and elapsed >= self.every_seconds
+        if due or received:
+            self.save(trainer)
+        if received:
+            raise Interrupted(received)
+
+    def agree(self, trainer, elapsed: float) -> tuple[int, float]:
+        """Signals and clocks differ between processes, but all must save at the same step."""
+        if trainer.world_size == 1:
+            return self.received or 0, elapsed
+        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        received, elapsed = seen.tolist()
+        return int(received), elapsed
+
+    def save(self, trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
+        self.last_step, self.last_saved = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT_CHECKPOINTS]:
+                old.unlink()
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.validation_started = time.monotonic()
+
+    def on_validation_end(self, trainer, module) -> None:
+        if trainer.sanity_checking:
+            return
+        if module.valid_loss < self.best_loss:
+            self.best_loss, self.best_step = module.valid_loss, trainer.global_step
+            weights = trainer.strategy.lightning_module_state_dict()
+            if trainer.is_global_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = self.folder / ".best.safetensors.tmp"
+                weights = {name: weight for name, weight in weights.items() if name != "model.lm_head.weight"}
+                safetensors.torch.save_file(weights, temporary)
+                os.replace(temporary, self.folder / "best.safetensors")
+        self.validation_seconds += time.monotonic() - self.validation_started
+
+    def on_train_end(self, trainer, module) -> None:
+        self.seconds += time.monotonic() - self.started
+        self.started = time.monotonic()
+
+    def restore_best(self, module) -> int | None:
+        """Puts the best weights into the model; without validation, it keeps the last."""
+        if self.best_step is not None:
+            weights = safetensors.torch.load_file(self.folder / "best.safetensors")
+            module.load_state_dict(weights, strict=False)
+        return self.best_step
+
+    def mark_finished(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class ProgressLine(ProgressBar):
+    """One line: step, loss, tokens per second."""
+
+    def __init__(self):
+        super().__init__()
+        self.bar = None
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def on_train_start(self, trainer, module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.bar = tqdm(
+            total=steps if math.isfinite(steps) else None,
+            initial=trainer.global_step,
+            unit="step",
+            desc="training",
+            mininterval=0.5,
+            disable=None if trainer.is_global_zero else True,
+            dynamic_ncols=True,
+        )
+        self.shown, self.shown_at = trainer.global_step, time.monotonic()
+        self.valid = ""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        now = time.monotonic()
+        if self.bar.disable or now - self.shown_at < 1:
+            return
+        settings = module.settings
+        tokens = settings.optimizer.batch_size * settings.model.block_size * trainer.accumulate_grad_batches
+        rate = (trainer.global_step - self.shown) * tokens / (now - self.shown_at)
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.valid}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update(trainer.global_step - self.bar.n)
+        self.shown, self.shown_at = trainer.global_step, now
+
+    def on_validation_end(self, trainer, module) -> None:
+        if trainer.sanity_checking or self.bar is None or not trainer.is_global_zero:
+            return
+        self.valid = f", valid {module.valid_loss:.3f}"
+        ppl = math.exp(min(module.valid_loss, 700.0))
+        line = f"step {trainer.global_step:,}: valid_loss {module.valid_loss:.4f}, valid_ppl {ppl:,.2f}"
+        tqdm.write(line) if not self.bar.disable else print(line, flush=True)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+        self.bar.close()
+
+
+def check_monitors(callbacks: list[Callback]) -> None:
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in METRIC_NAMES:
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}: "
+                f"the metrics are {', '.join(METRIC_NAMES)}"
+            )
+
+
+def run_identity(settings, parser, train: Split, valid: Split) -> str:
+    """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work."""
+    decides = parser.dump(settings, format="json")
+    decides = {
+        key: value
+        for key, value in json.loads(decides).items()
+        if key in ("model", "optimizer", "trainer", "seed_everything")
+    }
+    for key in ("devices", "num_nodes", "strategy"):
+        decides["trainer"].pop(key)
+    decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
+    decides["versions"] = [torch.__version__, pl.__version__]
+    sources = [Path(module.__file__) for module in (sys.modules[__name__], gpt2)]
+    decides["source"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
+    pretrained = Path(settings.model.from_pretrained or "", "model.safetensors")
+    if settings.model.from_pretrained and pretrained.is_file():
+        with pretrained.open("rb") as file:
+            decides["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def write_run_figures(trainer, checkpoints: Checkpoints, history: History, best_step: int | None) -> None:
+    """metrics/run.json: what differs between two runs of the same inputs."""
+    seconds = checkpoints.seconds - checkpoints.validation_seconds
+    cuda = torch.cuda.is_available()
+    figures = {
+        "train_seconds": round(checkpoints.seconds, 1),
+        "tokens_per_second": round(history.tokens(trainer) / seconds),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else 0,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "processes": trainer.world_size,
+        "best_step": best_step,
+        "steps": trainer.global_step,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+    }
+    write_text(METRICS / "run.json", json.dumps(figures, indent=2) + "\n")
+
+
+def quiet_libraries() -> None:
+    """Advice on choices that this stage has made on purpose would hide what the user must see."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""Makes models/tokenizer/: a tokenizer that loses no byte, trained on train_file or taken as it is."""
+
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from stages.atomic import new_folder
+from stages.settings import UserError, load, make_parser, run
+from stages.text import open_text, pieces
+
+OUTPUT = "models/tokenizer"
+END_OF_TEXT = "<|endoftext|>"
+SAMPLE_SPAN_BYTES = 1 << 20
+SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there are
+
+
+def main() -> None:
+    settings = load(make_parser("train_tokenizer", __doc__))
+    if settings.tokenizer.tokenizer_model is not None:
+        tokenizer = existing(settings.tokenizer.tokenizer_model)
+    else:
+        tokenizer = train(settings.data.train_file, settings.tokenizer)
+    with new_folder(OUTPUT) as folder:
+        tokenizer.save_pretrained(folder)
+    print(f"{OUTPUT}: {len(tokenizer):,} entries")
+
+
+def existing(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Hugging Face id or folder.
+
+    Raises:
+        UserError: it can't be had or read, is no fast tokenizer, or has no end-of-text token.
+    """
+    key = "tokenizer.tokenizer_model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub, the files and the tokenizer's own code each raise their own
+        why = re.split(r"[\n:(]", str(error).strip())[0]
+        raise UserError(
+            f"{key}: {name!r} is no tokenizer folder, and no Hugging Face id that is cached or can be downloaded: {why}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{key}: {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def train(path: str, settings) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer: the pre-tokenizer maps the 256 bytes to 256 characters that are all in
+    the vocabulary, so every text can be encoded and decoding gives its exact bytes
+    (https://github.com/openai/gpt-2, bytes_to_unicode in src/encoder.py)."""
+    with open_text(path):
+        pass  # a missing or empty file is an error for the byte tokenizer too
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    end_of_text = AddedToken(END_OF_TEXT, special=True, normalized=False)
+    if settings.algorithm == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = byte_level
+        trainer = trainers.BpeTrainer(
+            vocab_size=settings.vocab_size, special_tokens=[end_of_text], initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(sample(path, settings), trainer)
+    elif settings.algorithm == "unigram":
+        tokenizer = Tokenizer(unigram_model(sample(path, settings), byte_level, alphabet, settings.vocab_size - 1))
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.add_special_tokens([end_of_text])
+    else:
+        # Token id = byte value, end-of-text = 256.
+        characters = {character: value for value, character in bytes_to_characters().items()}
+        tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
+        tokenizer.pre_tokenizer = byte_level
+        tokenizer.add_special_tokens([end_of_text])
+    tokenizer.decoder = decoders.ByteLevel()
+    if settings.algorithm != "byte" and tokenizer.get_vocab_size() < settings.vocab_size:
+        print(
+            f"note: the text has only {tokenizer.get_vocab_size():,} entries to offer, "
+            f"fewer than tokenizer.vocab_size {settings.vocab_size:,}",
+            file=sys.stderr,
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def bytes_to_characters() -> dict[int, str]:
+    """The character that stands for each byte in byte-level tokenizers: printable Latin-1 for
+    itself, the other bytes in order from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def sample(path: str, settings) -> Iterator[str]:
+    """The text in pieces: all of it, or spans chosen by sample_seed when it is larger than sample_bytes."""
+    with open_text(path) as text:
+        spans = range(0, len(text), SAMPLE_SPAN_BYTES)
+        if len(text) > settings.sample_bytes:
+            count = max(1, settings.sample_bytes // SAMPLE_SPAN_BYTES)
+            spans = sorted(random.Random(settings.sample_seed).sample(spans, count))
+        with tqdm(
+            total=min(len(text), len(spans) * SAMPLE_SPAN_BYTES),
+            unit="B",
+            unit_scale=True,
+            desc="reading",
+            mininterval=1,
+            disable=None,
+        ) as bar:
+            for start in spans:
+                end = min(start + SAMPLE_SPAN_BYTES, len(text))
+                bar.update(end - start)
+                # A span begins and ends between two characters.
+                while start < end and text[start] & 0xC0 == 0x80 and start > end - SAMPLE_SPAN_BYTES - 4:
+                    start += 1
+                while end < len(text) and text[end] & 0xC0 == 0x80:
+                    end += 1
+                yield from pieces(text, start, end, path)
+
+
+def unigram_model(texts: Iterator[str], byte_level, alphabet: list[str], size: int) -> models.Unigram:
+    """A Unigram model of at most `size` pieces, trained by sentencepiece on the byte-level words.
+
+    tokenizers' own Unigram trainer gives other pieces at every run; sentencepiece with one
+    thread, on words in sorted order, gives the same ones.
+    """
+    words = Counter()
+    for text in texts:
+        words.update(word for word, _ in byte_level.pre_tokenize_str(text))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "words.tsv")
+        with source.open("w", encoding="utf-8", newline="") as file:
+            for word, count in sorted(words.items()):
+                # Longer pieces than max_sentencepiece_length can't be learned from them anyhow.
+                file.writelines(f"{word[i : i + 1024]}\t{count}\n" for i in range(0, len(word), 1024))
+        prefix = str(Path(folder, "unigram"))
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                input=str(source),
+                input_format="tsv",
+                model_prefix=prefix,
+                model_type="unigram",
+                vocab_size=size + 1,
+                hard_vocab_limit=False,
+                required_chars="".join(alphabet),
+                character_coverage=1.0,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                split_by_unicode_script=False,
+                split_by_number=False,
+                split_by_whitespace=False,
+                max_sentence_length=1 << 14,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=SENTENCEPIECE_THREADS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise UserError(f"tokenizer.algorithm: unigram: sentencepiece: {' '.join(str(error).split())}") from None
+        processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    vocabulary = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(1, processor.get_piece_size())]
+    return models.Unigram(vocabulary, unk_id=None)
+
+
+if __name__ == "__main__":
+    run(main)
