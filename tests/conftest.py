@@ -1,0 +1,111 @@
+"""Projects to test on: copies of this checkout with small text and a small model."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One thread a process: the suite runs two at a time, and small models gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SMALL = [
+    "tokenizer.vocab_size=300",
+    "model.block_size=16",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=16",
+    "optimizer.batch_size=4",
+    "optimizer.num_warmup_steps=2",
+    "trainer.max_epochs=2",
+    "generate.max_new_tokens=8",
+]
+
+
+def run(*command: str, cwd: Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs a real command; its output is in the assertion message when it fails."""
+    if command[0] == "python":
+        command = (sys.executable, *command[1:])
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, **kwargs)
+    if check:
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def set_params(project: Path, *settings: str) -> None:
+    """Edits params.yaml as a user would: `group.key=value`, comments kept."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    file = project / "params.yaml"
+    params = yaml.load(file.read_text())
+    for setting in settings:
+        key, value = setting.split("=", 1)
+        group = params
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        group[leaf] = YAML(typ="safe").load(value)
+    with file.open("w") as stream:
+        yaml.dump(params, stream)
+
+
+def copy_checkout(target: Path) -> Path:
+    """A repository with the files of this checkout as they are now, committed or not."""
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    run("git", "init", "-q", "-b", "main", cwd=target)
+    run("git", "config", "user.email", "test@example.com", cwd=target)
+    run("git", "config", "user.name", "Test", cwd=target)
+    return target
+
+
+def sample_lines(start: int, count: int) -> str:
+    """Real text: verses of the King James Bible, a blank line after every twelfth."""
+    import json
+
+    from stages.sample_corpus import source_file
+
+    lines = [json.loads(line)["text"] for line in source_file().read_text().splitlines()[start : start + count]]
+    return "\n\n".join("\n".join(lines[i : i + 12]) for i in range(0, len(lines), 12)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory) -> Path:
+    """A project with small text, not yet run."""
+    project = copy_checkout(tmp_path_factory.mktemp("template") / "project")
+    for split, start, count in (("train", 0, 120), ("valid", 5000, 24), ("test", 9000, 24)):
+        (project / "data" / f"{split}.txt").write_text(sample_lines(start, count))
+        set_params(project, f"data.{split}_file=data/{split}.txt")
+    set_params(project, *SMALL)
+    (project / "dvc.lock").unlink(missing_ok=True)
+    run("git", "add", "-A", cwd=project)
+    run("git", "commit", "-qm", "small", cwd=project)
+    return project
+
+
+@pytest.fixture(scope="session")
+def built(template, tmp_path_factory) -> Path:
+    """The same project after a real `dvc repro`. Tests read it; those that change it copy it."""
+    project = tmp_path_factory.mktemp("built") / "project"
+    shutil.copytree(template, project)
+    run("dvc", "repro", cwd=project)
+    run("git", "add", "-A", cwd=project)
+    run("git", "commit", "-qm", "built", cwd=project)
+    return project
+
+
+@pytest.fixture
+def project(built, tmp_path) -> Path:
+    """A copy of the built project that a test may change."""
+    shutil.copytree(built, tmp_path / "project")
+    return tmp_path / "project"
