@@ -9,7 +9,7 @@ repro: .venv/installed
 
 test: .venv/installed
 	ruff check . && ruff format --check .
-	python -m pytest -q
+	python -m pytest -q -n 2
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
