@@ -1,11 +1,15 @@
-# make repro: run the pipeline. make test: lint and tests. Each sets up .venv when it is missing or out of date.
+# make repro: run the pipeline. make report: the history of its figures. make test: lint and tests.
+# Each sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro test
+.PHONY: repro report test
 
 repro: .venv/installed
 	dvc repro
+
+report: .venv/installed
+	python -m stages.report
 
 test: .venv/installed
 	ruff check . && ruff format --check .

@@ -1,0 +1,233 @@
+// The page's plots, sorting and comparison. Text enters the page by textContent only.
+const data = JSON.parse(document.getElementById("data").textContent);
+const runs = data.runs;
+const COLOURS = 8; // as many runs can be told apart, so no more can be selected
+const byId = (id) => document.getElementById(id);
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const make = (tag, text, className) => {
+  const element = document.createElement(tag);
+  if (text !== undefined) element.textContent = text;
+  if (className) element.className = className;
+  return element;
+};
+const label = (run) => (run.place === "workspace" ? "workspace" : `${run.name} (${run.id})`);
+const fixed = (value, digits) =>
+  value === null ? "–" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
+
+// Words for what keeps two runs' figures from being compared; bits per byte doesn't need the tokenizer.
+function differing(a, b) {
+  if (!a.scored || !b.scored) return ["what was scored (unknown without a matching dvc.lock)"];
+  return Object.keys(data.needs).filter((key) => a.scored[key] !== b.scored[key]).map((key) => data.needs[key]);
+}
+const onlyTokenizer = (words) => words.every((word) => word === data.needs.tokenizer);
+
+function draw(id, spec) {
+  const muted = colour("--muted"), line = colour("--line");
+  const axis = { labelColor: muted, titleColor: muted, tickColor: line, domainColor: line, gridColor: line, titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12 };
+  const config = { background: null, font: "system-ui, sans-serif", view: { stroke: null }, axis, legend: { labelColor: muted, titleColor: muted, labelLimit: 260 } };
+  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+  return vegaEmbed(byId(id), { width: "container", height: 250, autosize: { type: "fit", contains: "padding" }, config, ...spec },
+    { actions: false, renderer: "svg", tooltip: { theme: dark ? "dark" : "light" } });
+}
+
+function history(id, figure, title, digits, scale) {
+  let segment = 0, before = null;
+  const values = [...runs].reverse().map((run) => {
+    const value = run.figures[figure];
+    if (run.place === "here") {
+      const words = before ? differing(before, run) : [];
+      if (before && !(figure === "test_ppl" ? words.length === 0 : onlyTokenizer(words))) segment += 1;
+      before = run;
+    }
+    return { run: run.id, name: label(run), when: run.when, kind: { here: "commit", elsewhere: "other branch" }[run.place] || run.place, value, segment, letter: run.letter };
+  }).filter((row) => row.value !== null);
+  const kinds = ["commit", "experiment", "other branch", "workspace"].filter((kind) => values.some((row) => row.kind === kind));
+  const colours = { commit: colour("--accent"), experiment: colour("--experiment"), "other branch": colour("--elsewhere"), workspace: colour("--fg") };
+  const shapes = { commit: "circle", experiment: "triangle-up", "other branch": "diamond", workspace: "square" };
+  const x = { field: "run", type: "ordinal", sort: null, axis: { title: null, labelAngle: -40, labelOverlap: true, ticks: false, grid: false } };
+  const y = { field: "value", type: "quantitative", scale: { nice: false, padding: 12, ...scale }, axis: { title: null, tickCount: 5 } };
+  return draw(id, {
+    data: { values },
+    layer: [
+      { transform: [{ filter: "datum.kind === 'commit'" }], mark: { type: "line", color: colours.commit, strokeWidth: 1.5, opacity: 0.6 }, encoding: { x, y, detail: { field: "segment" } } },
+      {
+        mark: { type: "point", filled: true, size: values.length > 60 ? 30 : 70, opacity: 1 },
+        encoding: {
+          x, y,
+          color: { field: "kind", scale: { domain: kinds, range: kinds.map((kind) => colours[kind]) }, legend: kinds.length > 1 ? { title: null, orient: "top" } : null },
+          shape: { field: "kind", scale: { domain: kinds, range: kinds.map((kind) => shapes[kind]) } },
+          tooltip: [{ field: "name", title: "run" }, { field: "when" }, { field: "value", title, format: `,.${digits}f` }, { field: "letter" }],
+        },
+      },
+    ],
+  });
+}
+
+const selected = []; // row numbers, in the order in which they were selected
+const shade = (run) => colour(`--run${run.colour}`);
+
+function showSelected() {
+  const chosen = selected.map((i) => runs[i]);
+  byId("none").hidden = chosen.length > 0;
+  byId("selected").hidden = chosen.length === 0;
+  for (const box of document.querySelectorAll("#runs input")) {
+    const i = Number(box.value), row = box.closest("tr");
+    box.checked = selected.includes(i);
+    box.disabled = !box.checked && selected.length >= COLOURS;
+    row.classList.toggle("selected", box.checked);
+    if (box.checked) row.style.setProperty("--mark", `var(--run${runs[i].colour})`);
+  }
+  if (!chosen.length) return;
+  showWarning(chosen);
+  showFigures(chosen);
+  showCurves(chosen);
+  showSamples(chosen);
+}
+
+function showWarning(chosen) {
+  const first = chosen[0], warning = byId("warning");
+  warning.replaceChildren();
+  for (const run of chosen.slice(1)) {
+    const words = differing(first, run);
+    if (!words.length) continue;
+    const advice = onlyTokenizer(words) ? "compare bits per byte" : "bits per byte can't be compared either";
+    warning.append(make("p", `ppl of ${label(first)} and ${label(run)} can't be compared: they differ in ${words.join(", ")}; ${advice}.`));
+  }
+  warning.hidden = !warning.childElementCount;
+}
+
+function header(chosen, corner) {
+  const row = make("tr");
+  row.append(make("th", corner));
+  for (const run of chosen) {
+    const cell = make("th", undefined, "name"), swatch = make("span", undefined, "swatch");
+    swatch.style.background = `var(--run${run.colour})`;
+    cell.append(swatch, label(run));
+    row.append(cell);
+  }
+  const head = make("thead");
+  head.append(row);
+  return head;
+}
+
+function showFigures(chosen) {
+  const body = make("tbody");
+  const add = (name, cells) => {
+    const row = make("tr");
+    row.append(make("th", name), ...cells);
+    body.append(row);
+  };
+  const figures = [["Test ppl", "test_ppl", 2], ["Test bits per byte", "test_bits_per_byte", 3], ["Validation ppl", "valid_ppl", 2], ["Validation bits per byte", "valid_bits_per_byte", 3]];
+  for (const [name, key, digits] of figures) {
+    add(name, chosen.map((run, i) => {
+      const cell = make("td", fixed(run.figures[key], digits)), base = chosen[0].figures[key];
+      if (!key.startsWith("test") || i === 0 || base === null || run.figures[key] === null) return cell;
+      const words = differing(chosen[0], run);
+      const comparable = key === "test_ppl" ? words.length === 0 : onlyTokenizer(words);
+      const change = Number((run.figures[key] - base).toFixed(digits));
+      cell.append(" ", !comparable ? make("small", "not comparable")
+        : change === 0 ? make("small", "= same")
+        : make("span", `${change < 0 ? "▼ −" : "▲ +"}${fixed(Math.abs(change), digits)} ${change < 0 ? "better" : "worse"}`, change < 0 ? "better" : "worse"));
+      return cell;
+    }));
+  }
+  for (const key of [...new Set(chosen.flatMap((run) => Object.keys(run.params)))].sort()) {
+    const values = chosen.map((run) => run.params[key] ?? "–");
+    if (new Set(values).size > 1) add(key, values.map((value) => make("td", value, "name")));
+  }
+  byId("compare").replaceChildren(header(chosen, ""), body);
+}
+
+function showCurves(chosen) {
+  // Loss a token means different things under different tokenizers: then bits per byte, of validation only.
+  const bits = chosen.some((run) => !run.scored || run.scored.tokenizer !== chosen[0].scored?.tokenizer) && chosen.every((run) => run.figures.bits_factor !== null);
+  byId("curves-title").textContent = bits ? "Validation loss in bits per byte (the tokenizers differ)" : "Loss over training (thin: training, thick with points: validation)";
+  const values = [];
+  chosen.forEach((run, i) => {
+    const curves = data.curves[run.curves];
+    for (const split of bits ? ["valid"] : ["train", "valid"])
+      for (const [tokens, loss] of curves[split]) values.push({ run: i, split, tokens, loss: bits ? loss * run.figures.bits_factor : loss, name: label(run) });
+  });
+  byId("legend").replaceChildren(...chosen.map((run) => {
+    const item = make("span"), swatch = make("span", undefined, "swatch");
+    swatch.style.background = `var(--run${run.colour})`;
+    item.append(swatch, label(run));
+    return item;
+  }));
+  const encoding = {
+    x: { field: "tokens", type: "quantitative", axis: { title: "tokens seen", format: "~s", tickCount: 6, grid: false } },
+    y: { field: "loss", type: "quantitative", scale: { zero: false }, axis: { title: bits ? "bits per byte" : "loss (nats a token)", tickCount: 6 } },
+    color: { field: "run", type: "nominal", scale: { domain: chosen.map((_, i) => i), range: chosen.map(shade) }, legend: null },
+  };
+  const tooltip = [{ field: "name", title: "run" }, { field: "split" }, { field: "tokens", format: "," }, { field: "loss", format: ".3f" }];
+  const train = { transform: [{ filter: "datum.split === 'train'" }], mark: { type: "line", strokeWidth: 1, opacity: 0.55 }, encoding };
+  return draw("curves", {
+    height: 320,
+    data: { values },
+    layer: [
+      ...(bits ? [] : [train]),
+      { transform: [{ filter: "datum.split === 'valid'" }], mark: { type: "line", strokeWidth: 2.5 }, encoding },
+      { transform: [{ filter: "datum.split === 'valid'" }], mark: { type: "point", filled: true, size: 45, opacity: 1 }, encoding: { ...encoding, tooltip } },
+    ],
+  });
+}
+
+function showSamples(chosen) {
+  const samples = chosen.map((run) => new Map(data.samples[run.samples]));
+  const body = make("tbody");
+  for (const prompt of new Set(samples.flatMap((texts) => [...texts.keys()]))) {
+    const row = make("tr");
+    for (const texts of samples) {
+      const cell = make("td", undefined, "sample"), text = texts.get(prompt) ?? "–";
+      if (text.startsWith(prompt)) cell.append(make("span", prompt, "prompt"), text.slice(prompt.length));
+      else cell.append(make("div", prompt, "prompt"), text);
+      row.append(cell);
+    }
+    body.append(row);
+  }
+  const head = header(chosen, "");
+  head.querySelector("th").remove();
+  byId("samples").replaceChildren(head, body);
+}
+
+function toggle(i) {
+  const at = selected.indexOf(i);
+  if (at >= 0) selected.splice(at, 1);
+  else {
+    const used = selected.map((j) => runs[j].colour);
+    runs[i].colour = [...Array(COLOURS).keys()].find((c) => !used.includes(c));
+    selected.push(i);
+  }
+  showSelected();
+}
+
+function sortBy(heading) {
+  const ascending = heading.getAttribute("aria-sort") !== "ascending";
+  for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
+  heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+  const body = document.querySelector("#runs tbody");
+  const key = (row) => row.children[heading.cellIndex].dataset.sort;
+  const missing = (text) => text === "" || text === "nan";
+  const rows = [...body.rows].sort((a, b) => {
+    const [x, y] = [key(a), key(b)];
+    if (missing(x) || missing(y)) return missing(x) - missing(y); // what is missing comes last either way
+    const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+    return ascending ? order : -order;
+  });
+  body.append(...rows);
+}
+
+document.querySelectorAll("#runs th button").forEach((button) => button.addEventListener("click", () => sortBy(button.closest("th"))));
+document.querySelectorAll("#runs input").forEach((box) => box.addEventListener("change", () => toggle(Number(box.value))));
+
+function drawAll() {
+  return Promise.all([
+    history("ppl", "test_ppl", "test ppl", 2, { type: "log" }),
+    history("bits", "test_bits_per_byte", "test bits per byte", 3, { zero: false }),
+    showSelected(),
+  ]);
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+
+for (const i of data.selected) toggle(i);
+drawAll();
