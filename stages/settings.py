@@ -240,8 +240,19 @@ def load(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
         settings = parser.parse_args(argv)
     except ArgumentError as error:
         raise UserError(_explain(str(error), parser, lines)) from None
+    for key, value in settings.items():
+        settings[key] = _plain(value)
     _check_combinations(settings, lines)
     return settings
+
+
+def _plain(value):
+    """Python's own numbers for jsonargparse's: torch.load(weights_only=True) refuses a checkpoint with the latter."""
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return int(value) if isinstance(value, int) else float(value)
+    return value
 
 
 def take_option(name: str, argv: list[str] | None = None) -> tuple[str | None, list[str]]:
