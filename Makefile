@@ -15,8 +15,15 @@ test: .venv/installed
 	ruff check . && ruff format --check .
 	python -m pytest -q -n 2
 
+bench: .venv/installed-bench
+	python -m benchmarks.run all
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-bench: .venv/installed requirements-bench.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
 	touch $@

@@ -1,0 +1,150 @@
+"""Turns: the contenders of a benchmark are processes that compute one at a time.
+
+Times on one machine drift by tens of percent over minutes, so contenders are measured in turns,
+A B A B, a few seconds each, while the others wait for a line on a pipe. Each stays warm, and
+start-up and compiling lie before its first measured turn.
+"""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Turns:
+    """A contender's side. It calls `next_step` before each of its steps."""
+
+    def __init__(self):
+        read, write = (int(number) for number in os.environ["BENCHMARK_TURNS"].split(","))
+        self.read, self.write = os.fdopen(read), os.fdopen(write, "w")
+        self.steps, self.end = None, None
+
+    def next_step(self) -> None:
+        """Returns at once while the turn lasts; else reports it, and waits for the next."""
+        if self.steps is not None:
+            if self.steps < self.least_steps or time.perf_counter() < self.end:
+                self.steps += 1
+                return
+            synchronize()
+            report = {"steps": self.steps, "seconds": time.perf_counter() - self.start, "started": self.start}
+            print(json.dumps(report), file=self.write, flush=True)
+        line = self.read.readline()
+        if not line:
+            os._exit(0)
+        seconds, self.least_steps = json.loads(line)
+        self.steps, self.start = 1, time.perf_counter()
+        self.end = self.start + seconds
+
+    def pause(self) -> None:
+        """Stops the clock, for work that only this contender was asked to do."""
+        synchronize()
+        self.paused = time.perf_counter()
+
+    def resume(self) -> None:
+        elapsed = time.perf_counter() - self.paused
+        self.start += elapsed
+        self.end += elapsed
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class TakesTurns(pl.Callback):
+    """Makes the train stage a contender: a callback that a user's params.yaml could name too."""
+
+    def __init__(self):
+        self.turns = Turns()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.turns.next_step()
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.turns.pause()
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.turns.resume()
+
+
+class Contender:
+    """The parent's side: a process with a terminal of its own, as a user's would have."""
+
+    def __init__(self, name: str, *arguments: str, cwd: Path):
+        self.name = name
+        its_read, to_it = os.pipe()
+        from_it, its_write = os.pipe()
+        terminal, its_terminal = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=cwd,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "BENCHMARK_TURNS": f"{its_read},{its_write}",
+                "HF_HUB_OFFLINE": "1",
+            },
+            pass_fds=(its_read, its_write),
+            stdin=subprocess.DEVNULL,
+            stdout=its_terminal,
+            stderr=its_terminal,
+        )
+        for number in (its_read, its_write, its_terminal):
+            os.close(number)
+        self.to_it, self.from_it = os.fdopen(to_it, "w"), os.fdopen(from_it)
+        self.output = deque(maxlen=50)
+        threading.Thread(target=self.drain, args=(terminal,), daemon=True).start()
+
+    def drain(self, terminal: int) -> None:
+        with open(terminal, "rb", buffering=0) as stream:
+            try:
+                while part := stream.read(1 << 16):
+                    self.output.append(part)
+            except OSError:
+                pass  # the process has ended
+
+    def turn(self, seconds: float, least_steps: int = 1) -> dict[str, float]:
+        """How many steps one turn had, its seconds, and when (perf_counter) it started."""
+        print(json.dumps([seconds, least_steps]), file=self.to_it, flush=True)
+        line = self.from_it.readline()
+        if not line:
+            self.process.wait()
+            output = b"".join(self.output).decode(errors="replace")[-3000:]
+            raise RuntimeError(f"{self.name} ended with status {self.process.returncode}:\n{output}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.to_it.close()
+        self.from_it.close()
+
+
+def interleave(
+    contenders: list[Contender], rounds: int, seconds: float, warm_up_steps: int = 1
+) -> dict[str, list[float]]:
+    """Steps per second of every contender in every round, after a turn each to warm up."""
+    try:
+        for contender in contenders:
+            started = time.monotonic()
+            contender.turn(0.5, warm_up_steps)
+            print(f"  {contender.name}: warm after {time.monotonic() - started:.0f} s", flush=True)
+        rates = {contender.name: [] for contender in contenders}
+        for _ in range(rounds):
+            for contender in contenders:
+                turn = contender.turn(seconds)
+                rates[contender.name].append(turn["steps"] / turn["seconds"])
+        return rates
+    finally:
+        for contender in contenders:
+            contender.end()
