@@ -1,5 +1,6 @@
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,23 +12,25 @@ from pathlib import Path
 def new_folder(target: str | Path) -> Iterator[Path]:
     """An empty folder that takes target's place when the block ends without an error."""
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # a stage that outlived its `dvc` may be making it still
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors makes files that only their owner can read
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(target: str | Path, text: str) -> None:

@@ -4,6 +4,7 @@ The train stage keeps a folder a run here. Its name starts the run's identity, a
 settings, data and code that decide the run's result, so that only the same run goes on from it.
 """
 
+import fcntl
 import math
 import os
 import shutil
@@ -11,10 +12,9 @@ import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
-import safetensors.torch
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
@@ -32,14 +32,44 @@ def main() -> None:
         return
     if arguments not in ([], ["--clean"]):
         raise UserError(f"python -m stages.checkpoints takes --clean or nothing, not {' '.join(arguments)!r}")
+    clean = bool(arguments)
+    lock = training_lock(wait=False) if clean else None
     for folder in sorted(FOLDER.glob("*/")):
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.rglob("*"))
         newest = max(folder.glob("step-*.ckpt"), default=None)
         step = f"step {int(newest.stem.removeprefix('step-')):,}" if newest else "no checkpoint"
         step = "finished" if (folder / "final.ckpt").exists() else step
-        print(f"{folder}: {step}, {size / 2**20:,.1f} MiB{', deleted' if arguments else ''}")
-        if arguments:
+        print(f"{folder}: {step}, {size / 2**20:,.1f} MiB{', deleted' if clean else ''}")
+        if clean:
             shutil.rmtree(folder)
+    if lock:
+        lock.close()
+
+
+def training_lock(wait: bool = True) -> TextIO:
+    """An open file that only one training of this project can have; the system frees it with its holder.
+
+    A `dvc` that was killed alone leaves its training at work. The next one waits for it here, and
+    has then only to export what it made.
+
+    Raises:
+        UserError: another process holds it, and wait is False.
+    """
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    file = (FOLDER / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = f"process {file.read()} is training in this folder"
+        if not wait:
+            raise UserError(f"{FOLDER}: {holder}: stop it first, or wait for it") from None
+        print(f"{holder}: waiting for it to end", file=sys.stderr, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 class Interrupted(Exception):
@@ -53,30 +83,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint file is whole or not there: Lightning's own passes through another folder."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        write_file(Path(path), lambda temporary: torch.save(checkpoint, temporary))
+        """Writes it beside its place and renames it once it is on the disk.
 
-
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a large file beside its place and renames it once it is on the disk.
-
-    Raises:
-        UserError: the disk is full, or can't be written for another reason.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: can't be written ({why}): free some disk space, then `dvc repro` goes on") from None
+        Raises:
+            UserError: the disk is full, or can't be written for another reason.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            why = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{path}: can't be written ({why}): free some disk space, then `dvc repro` goes on"
+            ) from None
 
 
 class Checkpoints(Callback):
-    """Keeps what a killed run needs to go on, and the weights with the best validation loss.
+    """Keeps what a killed run needs to go on, the weights with the best validation loss among it.
 
     A resume checkpoint is made between two optimizer steps, after the validation that the first
     of them may have brought, so nothing is done twice or left out. The last one, final.ckpt,
@@ -85,16 +114,18 @@ class Checkpoints(Callback):
 
     def __init__(self, identity: str, tokenizer: str, settings):
         self.folder, self.identity, self.tokenizer = FOLDER / identity[:16], identity, tokenizer
-        self.best, self.final = self.folder / "best.safetensors", self.folder / "final.ckpt"
+        self.final = self.folder / "final.ckpt"
         self.every_steps = settings.checkpoint_every_n_steps
         self.every_seconds = settings.checkpoint_every_n_minutes * 60
-        self.best_loss, self.best_step, self.validated_step = math.inf, None, None
+        self.best_loss, self.best_step, self.best_weights, self.validated_step = math.inf, None, None, None
         self.seconds = self.validation_seconds = 0.0
         self.validation_due = self.ending = False
         self.received = None
 
     def newest(self) -> Path | None:
         """The newest whole checkpoint of this very run; damaged ones are passed over."""
+        for unfinished in self.folder.glob(".*.tmp"):
+            unfinished.unlink()
         for path in [*self.folder.glob("final.ckpt"), *sorted(self.folder.glob("step-*.ckpt"), reverse=True)]:
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -117,6 +148,7 @@ class Checkpoints(Callback):
         return {
             "best_loss": self.best_loss,
             "best_step": self.best_step,
+            "best_weights": self.best_weights,
             "validated_step": self.validated_step,
             "validation_due": self.validation_due,
             "seconds": self.seconds + time.monotonic() - self.started,
@@ -173,7 +205,9 @@ class Checkpoints(Callback):
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
         # A long validation must not outlast the time that a cluster leaves between SIGTERM and
         # SIGKILL: it is broken off here, and done from its start when the run goes on.
-        if self.received and trainer.world_size == 1 and not (trainer.sanity_checking or self.ending):
+        # After the last step, Lightning could not take it up again, so there it is done to its end.
+        ends = trainer.sanity_checking or self.ending or trainer.global_step == trainer.max_steps
+        if self.received and trainer.world_size == 1 and not ends:
             self.validation_due = True
             self.save(trainer)
             raise Interrupted(self.received)
@@ -186,8 +220,8 @@ class Checkpoints(Callback):
             self.best_loss, self.best_step = module.valid_loss, trainer.global_step
             weights = trainer.strategy.lightning_module_state_dict()
             if trainer.is_global_zero:
-                weights = {name: weight for name, weight in weights.items() if name != "model.lm_head.weight"}
-                write_file(self.best, lambda temporary: safetensors.torch.save_file(weights, temporary))
+                del weights["model.lm_head.weight"]  # tied to the embeddings
+                self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
         self.validation_seconds += time.monotonic() - self.validation_started
 
     def on_train_end(self, trainer, module) -> None:
@@ -207,7 +241,7 @@ class Checkpoints(Callback):
     def load_best(self, module) -> None:
         """Puts the weights with the best validation loss into the model; without validation, it keeps the last."""
         if self.best_step is not None:
-            module.load_state_dict(safetensors.torch.load_file(self.best), strict=False)
+            module.load_state_dict(self.best_weights, strict=False)
 
 
 def validate(trainer) -> None:

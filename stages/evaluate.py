@@ -70,8 +70,7 @@ def main() -> None:
     write_text(METRICS / "samples.md", samples_page(settings.generate.prompts, samples))
     for name, table in plots["test"].items():
         write_text(METRICS / f"{name}.csv", table.to_csv(index=False))
-    for finished in CHECKPOINTS.glob("*/final.ckpt"):
-        shutil.rmtree(finished.parent)  # DVC has recorded the train stage before it started this one
+    remove_checkpoints()
     print(pd.DataFrame(figures).T.to_string(float_format="{:,.4f}".format))
 
 
@@ -215,6 +214,17 @@ def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:
     if checkpoint["tokenizer"] != load_tokenizer(TOKENIZER)[2]:
         raise UserError(f"--model: {path} was trained with another tokenizer than {TOKENIZER}")
     return model, TOKENIZER
+
+
+def remove_checkpoints() -> None:
+    """Deletes the checkpoints of the finished training: DVC recorded its stage before it started this one."""
+    try:
+        run = json.loads((METRICS / "run.json").read_text())["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # the model came from DVC's cache
+    for finished in CHECKPOINTS.glob("*/final.ckpt"):
+        if finished.parent.name == run:
+            shutil.rmtree(finished.parent)
 
 
 def samples_page(prompts: list[str], samples: list[str]) -> str:

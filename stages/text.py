@@ -8,12 +8,14 @@ from contextlib import contextmanager
 
 from stages.settings import UserError
 
-PIECE_BYTES = 1 << 18
-RELEASE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 16
+WINDOW_BYTES = 1 << 22
 
-BLANK_LINES = re.compile(rb"\r?\n(?:[ \t\r\f\v]*\n)+")
+# What stands between two documents: white space, so a window ends at none.
+SEPARATORS = {"line": re.compile(rb"\r?\n"), "blank_line": re.compile(rb"\r?\n(?:[ \t\r\f\v]*\n)+")}
 LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
-LINE = re.compile(rb"[^\n]+")
+WHITE_SPACE = re.compile(rb"\s*")
+VISIBLE = re.compile(rb"\S")
 # Byte-level BPE never joins a visible character with white space after it, so a cut there
 # changes no token (https://github.com/openai/gpt-2, the pattern in src/encoder.py).
 SAFE_CUT = re.compile(r"\S(?=[ \n])")
@@ -47,20 +49,26 @@ def document_spans(text: mmap.mmap, document: str) -> Iterator[tuple[int, int]]:
     """
     if document == "file":
         yield 0, len(text)
-    elif document == "line":
-        for match in LINE.finditer(text):
-            end = match.end() - text[match.start() : match.end()].endswith(b"\r")
-            if text[match.start() : end].strip():
-                yield match.start(), end
-    else:
-        start = LEADING_BLANK_LINES.match(text).end()
-        for match in BLANK_LINES.finditer(text, start):
-            yield start, match.start()
-            start = match.end()
-        tail = text[max(start, len(text) - 2) :]
-        end = len(text) - (2 if tail == b"\r\n" else tail.endswith(b"\n"))
-        if text[start : min(end, start + PIECE_BYTES)].strip() or end - start > PIECE_BYTES:
+        return
+    start = LEADING_BLANK_LINES.match(text).end() if document == "blank_line" else 0
+    for end, following in separators(text, document, start):
+        if VISIBLE.search(text, start, end):
             yield start, end
+        start = following
+    tail = text[max(start, len(text) - 2) :]
+    end = len(text) - (2 if tail == b"\r\n" else tail.endswith(b"\n"))
+    if VISIBLE.search(text, start, end):
+        yield start, end
+
+
+def separators(text: mmap.mmap, document: str, start: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what stands between documents, in windows whose memory is given back."""
+    while start < len(text):
+        end = WHITE_SPACE.match(text, min(start + WINDOW_BYTES, len(text))).end()
+        for match in SEPARATORS[document].finditer(text, start, end):
+            yield match.span()
+        release(text, start, end)
+        start = end
 
 
 def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
@@ -72,7 +80,6 @@ def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
     Raises:
         UserError: the bytes are not UTF-8; it names the offset of the first bad one.
     """
-    released = start
     while start < end:
         stop = min(start + PIECE_BYTES, end)
         while stop < end and text[stop] & 0xC0 == 0x80 and stop > start + PIECE_BYTES - 4:
@@ -89,13 +96,13 @@ def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
                 piece = piece[: cuts[-1]]
                 stop = start + len(piece.encode())
         yield piece
+        if stop - start > PIECE_BYTES // 2:
+            release(text, start, stop)
         start = stop
-        if start - released > RELEASE_BYTES:
-            release(text, start)
-            released = start
 
 
-def release(text: mmap.mmap, end: int) -> None:
-    """Gives the pages before a byte offset back, so that resident memory doesn't grow with the file."""
+def release(text: mmap.mmap, start: int, end: int) -> None:
+    """Gives pages that have been read back, so that resident memory doesn't grow with the file."""
     if hasattr(mmap, "MADV_DONTNEED"):
-        text.madvise(mmap.MADV_DONTNEED, 0, end // mmap.PAGESIZE * mmap.PAGESIZE)
+        start -= start % mmap.PAGESIZE
+        text.madvise(mmap.MADV_DONTNEED, start, end - start)

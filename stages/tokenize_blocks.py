@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from tqdm import tqdm
 from stages.atomic import new_folder
 from stages.blocks import FOLDER, load_tokenizer, token_dtype, vocab_size_of
 from stages.settings import UserError, load, make_parser, run
-from stages.text import document_spans, open_text, pieces, release
+from stages.text import document_spans, open_text, pieces
 
 TOKENIZER = "models/tokenizer"
-BATCH_BYTES = 1 << 23
+BATCH_BYTES = 1 << 21  # enough for every core; the encodings of one batch take up to 100 times as much
 
 
 def main() -> None:
@@ -77,11 +78,8 @@ def write_stream(
         # The header has a fixed size, so it can be written again once the length is known.
         np.lib.format.write_array_header_1_0(file, header(0, dtype))
         write(np.array([end_of_text], dtype))
-        parts = document_pieces(text, document, path)
         done, inside_word = 0, False
-        while batch := list(take(parts, BATCH_BYTES)):
-            encodings = tokenizer.encode_batch_fast([piece for piece, _, _ in batch], add_special_tokens=False)
-            ids = [encoding.ids for encoding in encodings]
+        for batch, ids in encoded(tokenizer, document_pieces(text, document, path)):
             if check is not None:
                 check_round_trip(check, batch, ids, path)
             write(
@@ -99,7 +97,6 @@ def write_stream(
                 inside_word = not end and not piece[-1:].isspace()
             bar.update(batch[-1][2] - done)
             done = batch[-1][2]
-            release(text, done)
         bar.update(len(text) - done)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header(counts["tokens"], dtype))
@@ -119,6 +116,24 @@ def document_pieces(text, document: str, path: str) -> Iterator[tuple[str, bool,
         for piece in pieces(text, start, end, path):
             here += len(piece.encode())
             yield piece, here == end, here
+
+
+def encoded(tokenizer: Tokenizer, parts: Iterator) -> Iterator[tuple[list, list[list[int]]]]:
+    """Batches of pieces and their token ids. The tokenizer works on the next batch meanwhile."""
+    batch, encoding = [], None
+    with ThreadPoolExecutor(1) as thread:
+        while True:
+            following = list(take(parts, BATCH_BYTES))
+            encodings = encoding.result() if batch else []
+            texts = [piece for piece, _, _ in following]
+            encoding = thread.submit(tokenizer.encode_batch_fast, texts, add_special_tokens=False)
+            ids = [each.ids for each in encodings]
+            del encodings
+            if batch:
+                yield batch, ids
+            if not following:
+                return
+            batch = following
 
 
 def take(parts: Iterator, limit: int) -> Iterator:

@@ -8,9 +8,11 @@ import hashlib
 import json
 import logging
 import math
+import os
 import platform
 import resource
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 import transformers
 from pytorch_lightning.callbacks import Callback, ProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -32,7 +34,7 @@ from tqdm import tqdm
 from stages import gpt2
 from stages.atomic import new_folder, write_text
 from stages.blocks import Split, load_split, load_tokenizer
-from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted
+from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
 from stages.settings import UserError, load, make_parser, run
 
 TOKENIZER = Path("models/tokenizer")
@@ -78,6 +80,7 @@ def main() -> None:
             raise UserError(
                 f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
             )
+        checkpoints.lock = training_lock() if trainer.is_global_zero else None
         resume = checkpoints.newest()
         if trainer.is_global_zero:
             parameters = sum(p.numel() for p in model.parameters())
@@ -87,12 +90,15 @@ def main() -> None:
         if resume == checkpoints.final:
             checkpoints.load_final(module, history)
         else:
-            trainer.fit(module, Blocks(train_split, valid_split, T, batch_size, settings), resume, weights_only=True)
+            blocks = Blocks(train_split, valid_split, T, batch_size, settings)
+            trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
     except Interrupted as error:
         print(f"stopped by {error.signal.name} at step {trainer.global_step:,}: `dvc repro` goes on", file=sys.stderr)
         sys.exit(128 + error.signal)
+    except SIGTERMException:  # Lightning's own, before the first step
+        sys.exit(128 + signal.SIGTERM)
 
     if trainer.is_global_zero:
         checkpoints.load_best(module)
@@ -338,7 +344,11 @@ class History(Callback):
             self.losses = []
 
     def tokens(self, trainer) -> int:
-        return trainer.fit_loop.epoch_loop.batch_progress.total.ready * self.T * self.batch_size
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed * self.T * self.batch_size
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        if self.losses:
+            self.check(trainer)  # a checkpoint made after it would never get past it
 
     def check(self, trainer) -> None:
         finite = torch.isfinite(torch.stack(self.losses[-1:] if self.losses[-1].device.type == "cpu" else self.losses))
@@ -438,13 +448,12 @@ def run_identity(settings, parser, train: Split, valid: Split) -> str:
     for key in ("devices", "num_nodes", "strategy"):
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
-    decides["versions"] = [torch.__version__, pl.__version__]
+    decides["versions"] = [library.__version__ for library in (torch, pl, np, transformers)]
     sources = [Path(__file__), *(Path(__file__).with_name(f"{name}.py") for name in ("checkpoints", "gpt2"))]
     decides["source"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
-    pretrained = Path(settings.model.from_pretrained or "", "model.safetensors")
-    if settings.model.from_pretrained and pretrained.is_file():
-        with pretrained.open("rb") as file:
-            decides["pretrained"] = hashlib.file_digest(file, "sha256").hexdigest()
+    for weights in sorted(Path(settings.model.from_pretrained or os.devnull).glob("*.safetensors")):
+        with weights.open("rb") as file:
+            decides[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -453,6 +462,7 @@ def write_run_figures(processes: int, checkpoints: Checkpoints, history: "Histor
     cuda = torch.cuda.is_available()
     tokens = history.train[-1]["tokens"] if history.train else 0
     figures = {
+        "run": checkpoints.folder.name,
         "train_seconds": round(checkpoints.seconds, 1),
         "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

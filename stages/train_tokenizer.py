@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 
 import sentencepiece
@@ -20,6 +21,10 @@ from stages.text import open_text, pieces
 OUTPUT = "models/tokenizer"
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
+# Trainers keep every different word, in some 100 bytes for each of its own.
+DISTINCT_BYTES = 1 << 23
+RUN_LENGTH = 128
+LONG_RUN = re.compile(rf"(?<!\S)\S{{{RUN_LENGTH + 1},}}")
 SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there are
 
 
@@ -105,15 +110,15 @@ def bytes_to_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def sample(path: str, settings) -> Iterator[str]:
-    """The text in pieces: all of it, or spans chosen by sample_seed when it is larger than sample_bytes."""
+def sample(path: str, settings) -> Iterator[list[str]]:
+    """The text in spans of random order, up to sample_bytes of it or DISTINCT_BYTES of different words."""
+    words, distinct = set(), 0
     with open_text(path) as text:
         spans = range(0, len(text), SAMPLE_SPAN_BYTES)
-        if len(text) > settings.sample_bytes:
-            count = max(1, settings.sample_bytes // SAMPLE_SPAN_BYTES)
-            spans = sorted(random.Random(settings.sample_seed).sample(spans, count))
+        count = min(len(spans), -(-settings.sample_bytes // SAMPLE_SPAN_BYTES))
+        spans = random.Random(settings.sample_seed).sample(spans, count)
         with tqdm(
-            total=min(len(text), len(spans) * SAMPLE_SPAN_BYTES),
+            total=min(len(text), count * SAMPLE_SPAN_BYTES),
             unit="B",
             unit_scale=True,
             desc="reading",
@@ -128,24 +133,35 @@ def sample(path: str, settings) -> Iterator[str]:
                     start += 1
                 while end < len(text) and text[end] & 0xC0 == 0x80:
                     end += 1
-                yield from pieces(text, start, end, path)
+                for piece in pieces(text, start, end, path):
+                    new = set(piece.encode().split()) - words
+                    words |= new
+                    distinct += sum(map(len, new))
+                    yield cut_long_runs(piece)
+                if distinct > DISTINCT_BYTES:
+                    return
 
 
-def unigram_model(texts: Iterator[str], byte_level, alphabet: list[str], size: int) -> models.Unigram:
+def cut_long_runs(text: str) -> list[str]:
+    """The text cut inside runs of visible characters so long that merging them would take hours."""
+    cuts = [at for run in LONG_RUN.finditer(text) for at in range(run.start() + RUN_LENGTH, run.end(), RUN_LENGTH)]
+    return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+
+
+def unigram_model(texts: Iterator[list[str]], byte_level, alphabet: list[str], size: int) -> models.Unigram:
     """A Unigram model of at most `size` pieces, trained by sentencepiece on the byte-level words.
 
     tokenizers' own Unigram trainer gives other pieces at every run; sentencepiece with one
     thread, on words in sorted order, gives the same ones.
     """
     words = Counter()
-    for text in texts:
+    for text in chain.from_iterable(texts):
         words.update(word for word, _ in byte_level.pre_tokenize_str(text))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "words.tsv")
         with source.open("w", encoding="utf-8", newline="") as file:
             for word, count in sorted(words.items()):
-                # Longer pieces than max_sentencepiece_length can't be learned from them anyhow.
-                file.writelines(f"{word[i : i + 1024]}\t{count}\n" for i in range(0, len(word), 1024))
+                file.write(f"{word}\t{count}\n")
         prefix = str(Path(folder, "unigram"))
         try:
             sentencepiece.SentencePieceTrainer.train(

@@ -7,9 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, set_params
 
-from stages import checkpoints, train
+from stages import train
 
 OUTPUTS = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
 
@@ -54,35 +53,43 @@ def signal_when(monkeypatch, hook: str, due) -> None:
     monkeypatch.setattr(train.History, hook, patched, raising=False)
 
 
-# Few enough blocks for an epoch of 10 steps, so that stops fall on every kind of place in it.
-SHORT = ["--model.block_size", "64", "--optimizer.batch_size", "8"]
+# Few enough blocks for epochs of a few steps, so that stops fall on every kind of place in them.
+SHORT = ["--model.block_size", "64", "--optimizer.batch_size", "16", "--runtime.enable_progress_bar", "false"]
+EARLY_STOPPING = (
+    "[{class_path: EarlyStopping, init_args: {monitor: valid_loss, patience: 2, min_delta: 0.2}}, "
+    "{class_path: ModelCheckpoint, init_args: {monitor: valid_loss, dirpath: logs/best}}]"
+)
 SETTINGS = {
     "epochs": [*SHORT],
-    "steps": [*SHORT, "--trainer.max_epochs", "null", "--trainer.max_steps", "23", "--optimizer.schedule", "linear"],
+    "steps": [*SHORT, "--trainer.max_epochs", "null", "--trainer.max_steps", "12", "--optimizer.schedule", "linear"],
     "accumulate": [*SHORT, "--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "1.0"],
     "dropout": [*SHORT, "--model.dropout", "0.2", "--optimizer.name", "muon",
-                "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "7"],
+                "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5"],
+    "early": [*SHORT, "--trainer.max_epochs", "5", f"--trainer.callbacks={EARLY_STOPPING}"],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(built, tmp_path_factory):
-    """The outputs of a whole run, for each of SETTINGS."""
-    project = tmp_path_factory.mktemp("whole") / "project"
-    shutil.copytree(built, project)
+    """The outputs of a whole run with given arguments."""
     results = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, arguments in SETTINGS.items():
-            shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
-            assert train_here(patch, project, *arguments) == 0
+
+    def of(name: str) -> dict[str, str]:
+        if name not in results:
+            project = tmp_path_factory.mktemp("whole") / "project"
+            shutil.copytree(built, project)
+            with pytest.MonkeyPatch.context() as patch:
+                assert train_here(patch, project, *SETTINGS[name]) == 0
             results[name] = digests(project)
-    return results
+        return results[name]
+
+    return of
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stopped_at_every_step(project, uninterrupted, monkeypatch, name):
     """SIGTERM after each optimizer step in turn: one run that is stopped dozens of times."""
-    arguments, stops = SETTINGS[name], 0
+    expected, stops = uninterrupted(name), 0
     shutil.rmtree(project / "models/gpt2")
     while True:
         with monkeypatch.context() as patch:
@@ -93,24 +100,26 @@ def test_stopped_at_every_step(project, uninterrupted, monkeypatch, name):
                 return seen[-1] > seen[0]
 
             signal_when(patch, "on_train_batch_end", next_step)
-            status = train_here(patch, project, *arguments)
+            status = train_here(patch, project, *SETTINGS[name])
         if status == 0:
             break
         assert status == 128 + signal.SIGTERM
         stops += 1
         assert stops < 60
-    assert stops >= 5
-    assert digests(project) == uninterrupted[name]
+    assert stops >= 4
+    assert digests(project) == expected
 
 
-def test_stopped_in_each_validation(project, uninterrupted, monkeypatch):
-    stops = 0
+@pytest.mark.parametrize("name", ["epochs", "steps", "early"])
+def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, name):
+    expected, stops = uninterrupted(name), 0
+    shutil.rmtree(project / "models/gpt2")
     while True:
         with monkeypatch.context() as patch:
             signal_when(patch, "on_validation_batch_end", lambda trainer, *_: True)
-            if train_here(patch, project, *SETTINGS["epochs"]) == 0:
+            if train_here(patch, project, *SETTINGS[name]) == 0:
                 break
             stops += 1
             assert stops < 30
     assert stops >= 4
-    assert digests(project) == uninterrupted["epochs"]
+    assert digests(project) == expected
