@@ -44,7 +44,7 @@ function history(id, figure, title, digits, scale) {
   const kinds = ["commit", "experiment", "other branch", "workspace"].filter((kind) => values.some((row) => row.kind === kind));
   const colours = { commit: colour("--accent"), experiment: colour("--experiment"), "other branch": colour("--elsewhere"), workspace: colour("--fg") };
   const shapes = { commit: "circle", experiment: "triangle-up", "other branch": "diamond", workspace: "square" };
-  const x = { field: "run", type: "ordinal", sort: null, axis: { title: null, labelAngle: -40, labelOverlap: true, ticks: false, grid: false } };
+  const x = { field: "run", type: "ordinal", scale: { domain: values.map((row) => row.run) }, axis: { title: null, labelAngle: -40, labelOverlap: true, ticks: false, grid: false } };
   const y = { field: "value", type: "quantitative", scale: { nice: false, padding: 12, ...scale }, axis: { title: null, tickCount: 5 } };
   return draw(id, {
     data: { values },

@@ -348,7 +348,7 @@ def page_data(runs: pd.DataFrame) -> dict[str, Any]:
             }
         )
     newest = runs.iloc[0]
-    selected = [0, *(i for i, revision in enumerate(runs["revision"]) if revision == newest["parent"])]
+    selected = [i for i, revision in enumerate(runs["revision"]) if revision == newest["parent"]] + [0]
     return {
         "runs": rows,
         "selected": selected,
