@@ -23,6 +23,7 @@ bench: .venv/installed-bench
 	@echo "Installing requirements.txt into .venv: this takes some minutes."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m stages.offline_plots
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt

@@ -118,6 +118,7 @@ class Checkpoints(Callback):
         self.every_steps = settings.checkpoint_every_n_steps
         self.every_seconds = settings.checkpoint_every_n_minutes * 60
         self.best_loss, self.best_step, self.best_weights, self.validated_step = math.inf, None, None, None
+        self.steps = 0
         self.seconds = self.validation_seconds = 0.0
         self.validation_due = self.ending = False
         self.received = None
@@ -150,6 +151,7 @@ class Checkpoints(Callback):
             "best_step": self.best_step,
             "best_weights": self.best_weights,
             "validated_step": self.validated_step,
+            "steps": self.steps,
             "validation_due": self.validation_due,
             "seconds": self.seconds + time.monotonic() - self.started,
             "validation_seconds": self.validation_seconds,
@@ -228,6 +230,7 @@ class Checkpoints(Callback):
         self.ending = True
         if self.validated_step != trainer.global_step and trainer.enable_validation:
             validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
+        self.steps = trainer.global_step
         trainer.save_checkpoint(self.final)
         self.seconds += time.monotonic() - self.started
 

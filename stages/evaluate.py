@@ -38,6 +38,7 @@ MODEL = Path("models/gpt2")
 TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics")
 CHECKPOINTS = Path("models/checkpoints")
+DOCUMENT_ROWS = 500
 
 
 def main() -> None:
@@ -71,7 +72,12 @@ def main() -> None:
     for name, table in plots["test"].items():
         write_text(METRICS / f"{name}.csv", table.to_csv(index=False))
     remove_checkpoints()
-    print(pd.DataFrame(figures).T.to_string(float_format="{:,.4f}".format))
+    shown = {
+        split: {key: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for key, value in row.items()}
+        for split, row in figures.items()
+    }
+    print(pd.DataFrame(shown).to_string())
+    print(f"figures: {METRICS}/eval.json   samples: {METRICS}/samples.md   plots: `dvc plots show`")
 
 
 def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int | None = None) -> tuple[dict, dict]:
@@ -82,6 +88,11 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
         split: the token stream.
         settings: the evaluate group.
         end_of_text: id that ends a document; None: no tables.
+    Returns:
+        figures: loss, ppl, bits_per_byte, word_ppl, tokens, bytes.
+        tables: loss_by_position (position, loss) and loss_by_document (rank, document, tokens, loss),
+            sorted by loss. With 2 * DOCUMENT_ROWS documents or more, a row is a run of them, and
+            `document` the first.
     Raises:
         UserError: the model's vocabulary is too small for the tokens, or stride above its positions.
     """
@@ -97,8 +108,8 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
         raise UserError(f"{split.name}: no token to predict")
     total = 0.0
     by_position = np.zeros((2, T))
-    documents = []
-    sums = np.zeros(2)
+    documents, group = [], 1
+    sums, inside = np.zeros(2), 0
     for first, positions, nll in token_losses(model, split, stride, settings.batch_size):
         nll = nll.astype(np.float64)
         total += nll.sum()
@@ -107,10 +118,16 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
         if end_of_text is not None:
             ends = np.flatnonzero(split.tokens[first : first + len(nll)] == end_of_text) + 1
             for part in np.split(nll, ends)[:-1]:
-                documents.append(sums + (part.sum(), len(part)))
-                sums = np.zeros(2)
+                sums, inside = sums + (part.sum(), len(part)), inside + 1
+                if inside == group:
+                    documents.append(sums)
+                    sums, inside = np.zeros(2), 0
+                if len(documents) == 2 * DOCUMENT_ROWS:
+                    documents, group = [a + b for a, b in zip(documents[::2], documents[1::2])], 2 * group
             rest = nll[ends[-1] :] if len(ends) else nll
             sums = sums + (rest.sum(), len(rest))
+    if inside:
+        documents.append(sums)
     predicted = len(split.tokens) - 1
     figures = {
         "loss": total / predicted,
@@ -126,7 +143,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
             {"position": np.flatnonzero(seen) + 1, "loss": by_position[0][seen] / by_position[1][seen]}
         ),
         "loss_by_document": pd.DataFrame(
-            [{"document": i + 1, "tokens": int(n), "loss": s / n} for i, (s, n) in enumerate(documents)],
+            [{"document": i * group + 1, "tokens": int(n), "loss": s / n} for i, (s, n) in enumerate(documents)],
             columns=["document", "tokens", "loss"],
         ).sort_values(["loss", "document"], ignore_index=True),
     }

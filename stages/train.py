@@ -24,8 +24,10 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import transformers
-from pytorch_lightning.callbacks import Callback, ProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
+from dvclive.lightning import DVCLiveLogger
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -35,11 +37,16 @@ from stages import gpt2
 from stages.atomic import new_folder, write_text
 from stages.blocks import Split, load_split, load_tokenizer
 from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
+from stages.model_card import model_card, valid_figures
 from stages.settings import UserError, load, make_parser, run
 
 TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/gpt2")
 METRICS = Path("metrics")
+LOGS = Path("logs")
+LIVE = LOGS / "dvclive"
+# There while a training runs, so that DVC shows it live, and not in Git's way afterwards.
+LIVE_DVC_YAML = "metrics:\n- metrics.json\nplots:\n- plots/metrics:\n    x: step\n"
 HISTORY_POINTS = 200
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
 
@@ -75,15 +82,16 @@ def main() -> None:
     history = History()
     module = LanguageModel(model, settings)
     try:
-        trainer = make_trainer(parser, settings, identity, [history, checkpoints])
+        trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])
         if batch_size % trainer.world_size:
             raise UserError(
                 f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
             )
         checkpoints.lock = training_lock() if trainer.is_global_zero else None
         resume = checkpoints.newest()
+        trainer.loggers = make_loggers(identity, resume)
+        parameters = sum(p.numel() for p in model.parameters())
         if trainer.is_global_zero:
-            parameters = sum(p.numel() for p in model.parameters())
             print(f"GPT-2 with {parameters:,} parameters on {len(train_split.tokens):,} tokens", flush=True)
             if resume:
                 print(f"going on from {resume}", flush=True)
@@ -106,12 +114,17 @@ def main() -> None:
             model.save_pretrained(folder)
             for file in sorted(TOKENIZER.iterdir()):
                 shutil.copy(file, folder / file.name)
+            best = checkpoints.best_step, checkpoints.best_loss
+            card = model_card(settings, parameters, train_split, valid_split, checkpoints.steps, *best)
+            card.save(folder / "README.md")
         history.write(METRICS)
-        write_run_figures(trainer.world_size, checkpoints, history)
+        figures = write_run_figures(trainer.world_size, checkpoints, history)
+        (LIVE / "dvc.yaml").unlink(missing_ok=True)
+        print_summary(checkpoints, valid_split, figures, trainer.loggers[0].log_dir)
     trainer.strategy.barrier("exported")
 
 
-def make_trainer(parser, settings, identity: str, callbacks: list[Callback]) -> pl.Trainer:
+def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
     """Lightning's Trainer with the settings of the trainer and runtime groups."""
     arguments = parser.instantiate(settings).trainer.as_dict()
     users = arguments.pop("callbacks") or []
@@ -119,19 +132,29 @@ def make_trainer(parser, settings, identity: str, callbacks: list[Callback]) -> 
     check_monitors(users)
     plugins = arguments.pop("plugins") or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
-    show = settings.runtime.enable_progress_bar
     return pl.Trainer(
         **arguments,
-        callbacks=[*users, *callbacks, *([ProgressLine()] if show else [])],
+        callbacks=[*users, *callbacks],
         plugins=[*plugins, AtomicCheckpointIO()],
-        logger=TensorBoardLogger("logs", name="", version=identity[:16], default_hp_metric=False),
+        logger=False,  # make_loggers has to know the checkpoint
         log_every_n_steps=settings.runtime.log_every_n_steps,
         profiler=settings.runtime.profiler,
-        enable_progress_bar=show,
+        enable_progress_bar=False,  # Live has one
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
         use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
     )
+
+
+def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
+    """TensorBoard's and DVCLive's, for a run that starts or goes on from a checkpoint."""
+    step = resume.stem.removeprefix("step-") if resume else "0"
+    # TensorBoard hides what was logged after the checkpoint before: it happens again.
+    first = int(step) + 1 if step.isdigit() else None
+    return [
+        TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first),
+        DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False),
+    ]
 
 
 class LanguageModel(pl.LightningModule):
@@ -151,7 +174,7 @@ class LanguageModel(pl.LightningModule):
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
         logits = gpt2.logits(self.model, batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        self.log("loss", loss.detach())
+        self.log("loss", loss.detach(), logger=False)  # for callbacks that monitor it
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -171,8 +194,8 @@ class LanguageModel(pl.LightningModule):
         loss = nll / tokens
         # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
         self.valid_loss = loss
-        self.log("valid_loss", loss, rank_zero_only=False)
-        self.log("valid_ppl", math.exp(min(loss, 700.0)))
+        self.log("valid_loss", loss, rank_zero_only=False, logger=False)
+        self.log("valid_ppl", math.exp(min(loss, 700.0)), logger=False)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings.optimizer
@@ -311,7 +334,7 @@ class Blocks(pl.LightningDataModule):
 
 
 class History(Callback):
-    """Loss and learning rate over the run, at points that no logging setting moves; stops at NaN."""
+    """Loss, learning rate and gradient norm, at points that no logging setting moves; stops at NaN."""
 
     def __init__(self):
         self.train, self.valid, self.losses = [], [], []
@@ -321,6 +344,15 @@ class History(Callback):
         self.interval = max(1, math.ceil(steps / HISTORY_POINTS)) if math.isfinite(steps) else 100
         self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
         self.accumulate = trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        step = trainer.global_step + 1
+        if step % self.interval == 0 or step % trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)  # before they are clipped
+            if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of every gradient
+                square = self.grad_norm.square().to(module.device)
+                self.grad_norm = trainer.strategy.reduce(square, reduce_op="sum").sqrt()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
@@ -339,6 +371,7 @@ class History(Callback):
                     "tokens": self.tokens(trainer),
                     "train_loss": loss,
                     "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                    "grad_norm": self.grad_norm.item(),
                 }
             )
             self.losses = []
@@ -373,58 +406,94 @@ class History(Callback):
         self.train, self.valid, self.losses = state["train"], state["valid"], state["losses"]
 
     def write(self, folder: Path) -> None:
-        columns = {"train": ["step", "tokens", "train_loss", "lr"], "valid": ["step", "tokens", "valid_loss"]}
+        columns = {
+            "train": ["step", "tokens", "train_loss", "lr", "grad_norm"],
+            "valid": ["step", "tokens", "valid_loss"],
+        }
         for name, rows in (("train", self.train), ("valid", self.valid)):
             write_text(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns[name]).to_csv(index=False))
 
 
-class ProgressLine(ProgressBar):
-    """One line: step, loss, tokens per second."""
+class Live(Callback):
+    """What a person follows while it trains: a progress line, TensorBoard and DVCLive.
 
-    def __init__(self):
-        super().__init__()
-        self.bar = None
+    Every log_every_n_steps optimizer steps they get loss (the mean since the last time), lr,
+    grad_norm and tokens_per_second, and after each validation its loss. Nothing depends on them.
+    """
 
-    def disable(self) -> None:
-        self.enabled = False
+    def __init__(self, history: History):
+        self.history, self.bar = history, None
 
     def on_train_start(self, trainer, module) -> None:
         steps = trainer.estimated_stepping_batches
+        show = module.settings.runtime.enable_progress_bar and trainer.is_global_zero
         self.bar = tqdm(
             total=steps if math.isfinite(steps) else None,
             initial=trainer.global_step,
             unit="step",
             desc="training",
             mininterval=0.5,
-            disable=None if trainer.is_global_zero else True,
+            disable=None if show else True,
             dynamic_ncols=True,
         )
-        self.shown, self.shown_at = trainer.global_step, time.monotonic()
-        self.valid = ""
+        self.step = self.logged = trainer.global_step
+        self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
+        if trainer.is_global_zero:
+            # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
+            dvclive = trainer.loggers[1]
+            for row in self.history.train:
+                metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
+                dvclive.log_metrics(metrics, row["step"], sync=False)
+            for row in self.history.valid:
+                dvclive.log_metrics({"valid_loss": row["valid_loss"]}, row["step"], sync=False)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        now = time.monotonic()
-        if self.bar.disable or now - self.shown_at < 1:
+        self.losses += outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.batches += 1
+        if trainer.global_step == self.step:
             return
-        settings = module.settings
-        tokens = settings.optimizer.batch_size * settings.model.block_size * trainer.accumulate_grad_batches
-        rate = (trainer.global_step - self.shown) * tokens / (now - self.shown_at)
-        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+        self.step = trainer.global_step
+        self.bar.update()
+        if self.step % trainer.log_every_n_steps:
+            return
+        loss = trainer.strategy.reduce(self.losses / self.batches, reduce_op="mean").item()
+        tokens = self.batches * module.settings.optimizer.batch_size * module.settings.model.block_size
+        rate = tokens / (time.monotonic() - self.since)
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.valid}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(trainer.global_step - self.bar.n)
-        self.shown, self.shown_at = trainer.global_step, now
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics = {"loss": loss, "lr": lr, "grad_norm": self.history.grad_norm.item(), "tokens_per_second": rate}
+        self.record(trainer, metrics)
+        self.losses, self.batches, self.since = 0.0, 0, time.monotonic()
+
+    def record(self, trainer, metrics: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            tensorboard, dvclive = trainer.loggers
+            tensorboard.log_metrics(metrics, trainer.global_step)
+            # sync=True would make DVCLive read all its files again, and each time there is more in them.
+            dvclive.log_metrics(metrics, trainer.global_step, sync=False)
+            dvclive.experiment.make_summary()
+            write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.validation_started = time.monotonic()
 
     def on_validation_end(self, trainer, module) -> None:
-        if trainer.sanity_checking or self.bar is None or not trainer.is_global_zero:
+        if trainer.sanity_checking or self.bar is None:
             return
-        self.valid = f", valid {module.valid_loss:.3f}"
         ppl = math.exp(min(module.valid_loss, 700.0))
-        line = f"step {trainer.global_step:,}: valid_loss {module.valid_loss:.4f}, valid_ppl {ppl:,.2f}"
-        tqdm.write(line) if not self.bar.disable else print(line, flush=True)
+        self.record(trainer, {"valid_loss": module.valid_loss, "valid_ppl": ppl})
+        self.valid = f", valid {module.valid_loss:.3f}"
+        if module.settings.runtime.enable_progress_bar and trainer.is_global_zero:
+            line = f"step {trainer.global_step:,}: valid_loss {module.valid_loss:.4f}, valid_ppl {ppl:,.2f}"
+            print(line, flush=True) if self.bar.disable else self.bar.write(line)
+        self.since += time.monotonic() - self.validation_started
 
     def on_train_end(self, trainer, module) -> None:
-        self.bar.update(trainer.global_step - self.bar.n)
         self.bar.close()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 def check_monitors(callbacks: list[Callback]) -> None:
@@ -457,7 +526,7 @@ def run_identity(settings, parser, train: Split, valid: Split) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def write_run_figures(processes: int, checkpoints: Checkpoints, history: "History") -> None:
+def write_run_figures(processes: int, checkpoints: Checkpoints, history: History) -> dict:
     """metrics/run.json: what differs between two runs of the same inputs."""
     cuda = torch.cuda.is_available()
     tokens = history.train[-1]["tokens"] if history.train else 0
@@ -475,6 +544,26 @@ def write_run_figures(processes: int, checkpoints: Checkpoints, history: "Histor
         "transformers": transformers.__version__,
     }
     write_text(METRICS / "run.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def print_summary(checkpoints: Checkpoints, valid: Split, figures: dict, tensorboard: str) -> None:
+    minutes, seconds = divmod(round(figures["train_seconds"]), 60)
+    rows = {
+        "time": f"{minutes} min {seconds} s",
+        "tokens/s": f"{figures['tokens_per_second']:,}",
+        "model": MODEL,
+        "loss curves": f"{METRICS}/train.csv and valid.csv; tensorboard --logdir {tensorboard}",
+    }
+    if checkpoints.best_step is not None:
+        best = valid_figures(checkpoints.best_loss, valid)
+        rows = {
+            "best step": f"{checkpoints.best_step:,} of {checkpoints.steps:,}",
+            "valid loss": f"{best['loss']:.4f}",
+            "valid ppl": f"{best['ppl']:,.2f}",
+            "bits per byte": f"{best['bits_per_byte']:.4f}",
+        } | rows
+    print("\n".join(f"{name:15}{value}" for name, value in rows.items()), flush=True)
 
 
 def quiet_libraries() -> None:
