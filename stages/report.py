@@ -249,7 +249,13 @@ def read_samples(raw: bytes | None) -> list[list[str]]:
 
 
 def compared(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds what a row says of its parent: letter, changes, note, and a change of each figure."""
+    """Adds the letter of what can be compared by ppl, and what differs from the parent.
+
+    Returns:
+        `history`'s DataFrame with letter, ppl, bits, and for each of the two its change against the
+        parent and what keeps it from being compared (ppl_differs); has_parent; known, whether both
+        have a dvc.lock to tell; changes, what made the figures differ.
+    """
     runs = runs.assign(ppl=runs["test_ppl"], bits=runs["test_bits_per_byte"])
     parents = runs.reindex(runs["parent"]).set_axis(runs.index)
     order = runs[::-1].groupby(list(PPL_NEEDS), sort=False, dropna=False).ngroup()
@@ -274,12 +280,12 @@ def letter(i: int) -> str:
 
 
 def changes(row: pd.Series, parent: pd.Series) -> list[dict[str, str]]:
-    """What differs from the parent: settings old and new, then files by kind."""
+    """What differs from the parent: settings, old and new, then text and code that no stage made."""
     found = []
-    for key in sorted({*row["params"], *parent["params"]}):
-        old, new = (shown(one["params"], key) for one in (parent, row))
-        if old != new:
-            found.append({"what": key, "old": old, "new": new})
+    before, after = parent["params"], row["params"]
+    for key in sorted({*before, *after}):
+        if (key in before, before.get(key)) != (key in after, after.get(key)):
+            found.append({"what": key, "old": shown(before, key), "new": shown(after, key)})
     for path in sorted({*row["sources"], *parent["sources"]}):
         old, new = parent["sources"].get(path), row["sources"].get(path)
         if old != new:
@@ -304,7 +310,7 @@ def page(runs: pd.DataFrame) -> str:
     yardsticks = runs[runs["letter"] != "?"][::-1].drop_duplicates("letter")
     newest = runs.iloc[0]
     alike = runs[(runs["letter"] != "?") & (runs[list(BITS_NEEDS)] == newest[list(BITS_NEEDS)]).all(axis=1)]
-    best = alike.loc[alike["bits"].idxmin()] if alike["bits"].notna().any() else None
+    best = alike.loc[alike["bits"].idxmin()] if alike["bits"].count() > 1 else None
     return environment.get_template("report.html").render(
         project=Path.cwd().name,
         runs=[row for _, row in runs.iterrows()],
