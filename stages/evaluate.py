@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from stages import gpt2
 from stages.atomic import write_text
 from stages.blocks import FOLDER, Split, load_split, load_tokenizer
 from stages.generate import continuation
-from stages.gpt2 import load_model, logits
+from stages.gpt2 import load_model
 from stages.settings import UserError, load, make_parser, run, take_option
 from stages.tokenize_blocks import write_blocks
 
@@ -178,13 +178,7 @@ def token_losses(
             length = min(T, N - 1 - windows[-1] * stride)
             batch = np.stack([split.tokens[k * stride : k * stride + length + 1] for k in windows]).astype(np.int64)
             batch = torch.from_numpy(batch).to(model.device)
-            scores = logits(model, batch[:, :-1]).flatten(0, 1).float()
-            nll = (
-                F.cross_entropy(scores, batch[:, 1:].flatten(), reduction="none")
-                .view(len(windows), length)
-                .cpu()
-                .numpy()
-            )
+            nll = gpt2.token_losses(model, batch).cpu().numpy()
             if not np.isfinite(nll).all():
                 raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
             # All but the first window score only what the one before did not reach.

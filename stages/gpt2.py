@@ -1,8 +1,8 @@
 """GPT-2 as transformers defines and initialises it, with a leaner forward pass of our own.
 
 Training and evaluation need next-token losses and nothing else: no cache, no attention mask, no
-output objects. `logits` computes what `GPT2LMHeadModel.forward` does from the same weights; a
-test holds the two against each other.
+output objects, and never all the logits at once. `logits` computes what `GPT2LMHeadModel.forward`
+does from the same weights; a test holds the two against each other.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
+from stages import ops
 from stages.settings import UserError
 
 # Its notes and loading bars are about choices made here on purpose.
@@ -104,7 +105,33 @@ def logits(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
     Returns:
         (B, T, V), in the weights' dtype or autocast's.
     """
-    return F.linear(hidden_states(model, input_ids), model.lm_head.weight)
+    x = hidden_states(model, input_ids)
+    return ops.linear(x.flatten(0, 1), model.lm_head.weight).view(*x.shape[:2], -1)
+
+
+def loss(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of next-token prediction.
+
+    Args:
+        tokens: (B, T + 1) int64: T inputs and, one further, their T targets.
+    Returns:
+        () float32, nats a token, with a gradient.
+    """
+    x = hidden_states(model, tokens[:, :-1])
+    return ops.linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, tokens[:, 1:].flatten())
+
+
+def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next-token prediction.
+
+    Args:
+        tokens: (B, T + 1) int64: T inputs and, one further, their T targets.
+    Returns:
+        (B, T) float32, nats, without a gradient.
+    """
+    x = hidden_states(model, tokens[:, :-1])
+    nll = ops.token_cross_entropy(x.flatten(0, 1), model.lm_head.weight, tokens[:, 1:].flatten())
+    return nll.view(*x.shape[:2])
 
 
 def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
@@ -138,4 +165,4 @@ def mlp(mlp, x: Tensor) -> Tensor:
 
 def conv1d(layer, x: Tensor) -> Tensor:
     """GPT-2 keeps its weights as (in, out), the transpose of torch's Linear."""
-    return torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight).view(*x.shape[:-1], -1)
+    return ops.linear(x.reshape(-1, x.shape[-1]), layer.weight.t(), layer.bias).view(*x.shape[:-1], -1)

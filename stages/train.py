@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 import transformers
 from dvclive.lightning import DVCLiveLogger
 from pytorch_lightning.callbacks import Callback
@@ -172,8 +171,7 @@ class LanguageModel(pl.LightningModule):
             # Dropout draws from the step's own seed, so that a resumed run draws the same.
             step = self.trainer.fit_loop.epoch_loop.total_batch_idx
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
-        logits = gpt2.logits(self.model, batch[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = gpt2.loss(self.model, batch)
         self.log("loss", loss.detach(), logger=False)  # for callbacks that monitor it
         return loss
 
@@ -181,8 +179,7 @@ class LanguageModel(pl.LightningModule):
         self.valid_nll = self.valid_tokens = 0.0
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        logits = gpt2.logits(self.model, batch[:, :-1])
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
+        nll = gpt2.token_losses(self.model, batch)
         self.valid_nll += nll.double().sum()
         self.valid_tokens += nll.numel()
 
@@ -518,7 +515,7 @@ def run_identity(settings, parser, train: Split, valid: Split) -> str:
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
     decides["versions"] = [library.__version__ for library in (torch, pl, np, transformers)]
-    sources = [Path(__file__), *(Path(__file__).with_name(f"{name}.py") for name in ("checkpoints", "gpt2"))]
+    sources = [Path(__file__), *(Path(__file__).with_name(f"{name}.py") for name in ("checkpoints", "gpt2", "ops"))]
     decides["source"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     for weights in sorted(Path(settings.model.from_pretrained or os.devnull).glob("*.safetensors")):
         with weights.open("rb") as file:

@@ -1,0 +1,127 @@
+"""The two operations that take nearly all of the time: matrix products, and the loss over the vocabulary.
+
+Both compute what torch.nn.functional computes; tests hold them against it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# PyTorch sends float32 products to MKL, which uses half the width of an AMD processor with AVX-512;
+# oneDNN uses all of it, and is as fast as MKL elsewhere.
+ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+# Logits are made for so many bytes' worth of tokens at a time: a piece that fits the cache is read and
+# written several times without going to memory. On a GPU pieces only keep the peak memory low.
+LOGITS_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# torch.compile takes it only under a name of our own: its rule for the original wants constant weights.
+torch.library.define("stages::onednn_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl("stages::onednn_linear", "CPU", _onednn_linear)
+
+
+@torch.library.register_fake("stages::onednn_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear of (N, in) rows with (out, in) weights, with a gradient: (N, out)."""
+    if uses_onednn(x):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def uses_onednn(x: Tensor) -> bool:
+    # Under autocast PyTorch itself takes oneDNN.
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias without a gradient."""
+    if not uses_onednn(x):
+        return F.linear(x, weight, bias)
+    return (torch.ops.stages.onednn_linear if torch.compiler.is_compiling() else _onednn_linear)(x, weight, bias)
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        # oneDNN copies a transposed first factor: let it be the smaller one.
+        if x.shape[1] <= grad.shape[1]:
+            grad_weight = product(x.t(), grad.t()).t()
+        else:
+            grad_weight = product(grad.t(), x.t())
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean of F.cross_entropy(F.linear(x, weight), targets), without all the logits at once.
+
+    Args:
+        x: (N, C) hidden states.
+        weight: (V, C) output embeddings.
+        targets: (N,) int64 token ids.
+    Returns:
+        () float32, nats.
+    """
+    return LinearCrossEntropy.apply(x, weight, targets)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The gradient of softmax and cross-entropy is softmax(logits) - onehot(targets): known as soon as
+    the logits are, so each piece of them is used up at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        for rows in pieces(x, weight):
+            x_part, targets_part = x[rows], targets[rows, None]
+            log_probabilities = product(x_part, weight).float().log_softmax(1)
+            total -= log_probabilities.gather(1, targets_part).sum()
+            grad_logits = log_probabilities.exp_()
+            grad_logits.scatter_add_(1, targets_part, -torch.ones_like(targets_part, dtype=grad_logits.dtype))
+            grad_x[rows] = product(grad_logits, weight.t())
+            grad_weight += product(grad_logits.t(), x_part.t())
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        grad = grad / len(grad_x)
+        return grad_x * grad, grad_weight * grad, None
+
+
+def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """F.cross_entropy(F.linear(x, weight), targets, reduction="none"), without all the logits at once.
+
+    Args:
+        x, weight, targets: as for `linear_cross_entropy`; no gradient is kept.
+    Returns:
+        (N,) float32, nats.
+    """
+    return torch.cat(
+        [
+            F.cross_entropy(product(x[rows], weight).float(), targets[rows], reduction="none")
+            for rows in pieces(x, weight)
+        ]
+    )
+
+
+def pieces(x: Tensor, weight: Tensor) -> list[slice]:
+    rows = max(1, LOGITS_BYTES.get(x.device.type, 1 << 28) // (4 * len(weight)))
+    return [slice(i, i + rows) for i in range(0, len(x), rows)]
