@@ -82,6 +82,7 @@ def main() -> None:
     module = LanguageModel(model, settings)
     try:
         trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])
+        module.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in trainer.callbacks)
         if batch_size % trainer.world_size:
             raise UserError(
                 f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
@@ -163,6 +164,7 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.model = model
         self.settings = settings
+        self.loss_is_monitored = False
         self.valid_nll = self.valid_tokens = 0.0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -172,7 +174,8 @@ class LanguageModel(pl.LightningModule):
             step = self.trainer.fit_loop.epoch_loop.total_batch_idx
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
         loss = gpt2.loss(self.model, batch)
-        self.log("loss", loss.detach(), logger=False)  # for callbacks that monitor it
+        if self.loss_is_monitored:  # takes a millisecond, and the loggers don't need it
+            self.log("loss", loss.detach(), logger=False)
         return loss
 
     def on_validation_epoch_start(self) -> None:
