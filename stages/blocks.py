@@ -2,7 +2,9 @@
 
 A split's stream is the end-of-text token, then the documents in file order, each followed by
 end-of-text. It lies in SPLIT.npy (uint16 when the vocabulary fits, else uint32) and is mapped
-into memory at use. meta.json holds the tokenizer's fingerprint and each split's counts.
+into memory at use. SPLIT.json holds its counts, and meta.json what all splits share: the
+tokenizer's fingerprint, its vocabulary's size and its end-of-text id. So one split's text
+changes no other split's files.
 """
 
 import hashlib
@@ -48,14 +50,14 @@ def load_split(name: str, folder: str | Path = FOLDER) -> Split:
     """Maps a split's token stream.
 
     Raises:
-        UserError: it is missing, or not what meta.json says.
+        UserError: it is missing, or not what its .json files say.
     """
     path = Path(folder, f"{name}.npy")
     again = "make it again with `dvc repro tokenize_blocks` (or --force)"
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-        counts = meta["splits"][name]
+        counts = json.loads(path.with_suffix(".json").read_text())
         split = Split(
             name,
             tokens,
@@ -67,7 +69,7 @@ def load_split(name: str, folder: str | Path = FOLDER) -> Split:
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path}: can't be read as token blocks ({error}): {again}") from None
     if tokens.shape != (expected,) or tokens.dtype != token_dtype(split.vocab_size):
-        raise UserError(f"{path}: {tokens.dtype} {tokens.shape} is not what meta.json says: {again}")
+        raise UserError(f"{path}: {tokens.dtype} {tokens.shape} is not what its .json files say: {again}")
     return split
 
 

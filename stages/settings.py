@@ -165,6 +165,7 @@ class Runtime:
         checkpoint_every_n_steps: optimizer steps between two resume checkpoints; 0: none by steps.
         checkpoint_every_n_minutes: minutes between two resume checkpoints; 0: none by time.
         profiler: Lightning's profiler: simple, advanced or null.
+        num_sanity_val_steps: validation batches to try before training.
     """
 
     num_workers: NonNegativeInt
@@ -173,6 +174,7 @@ class Runtime:
     checkpoint_every_n_steps: NonNegativeInt
     checkpoint_every_n_minutes: NonNegativeFloat
     profiler: Literal["simple", "advanced"] | None
+    num_sanity_val_steps: NonNegativeInt
 
 
 GROUPS = {
@@ -184,6 +186,9 @@ GROUPS = {
     "generate": Generate,
     "runtime": Runtime,
 }
+
+# The stage that reads the folder which a setting may name.
+FOLDER_SETTINGS = {"train_tokenizer": "tokenizer.tokenizer_model", "train": "model.from_pretrained"}
 
 # Trainer arguments that stand in the runtime group, or that the train stage itself sees to.
 NOT_TRAINER_SETTINGS = {
@@ -243,6 +248,7 @@ def load(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
     for key, value in settings.items():
         settings[key] = _plain(value)
     _check_combinations(settings, lines)
+    _check_watched(settings, lines)
     return settings
 
 
@@ -396,3 +402,17 @@ def _check_combinations(settings: Namespace, lines: dict[str, dict[str, int]]) -
         fail("trainer.max_epochs", "no end of training: set trainer.max_epochs, trainer.max_steps or trainer.max_time")
     if trainer.accumulate_grad_batches < 1:
         fail("trainer.accumulate_grad_batches", f"{trainer.accumulate_grad_batches}: must be 1 or more")
+
+
+def _check_watched(settings: Namespace, lines: dict[str, dict[str, int]]) -> None:
+    """Run by DVC, a stage may read only what DVC watches, or a change in it would rerun nothing."""
+    stage = os.environ.get("DVC_STAGE")
+    key = FOLDER_SETTINGS.get(stage)
+    folder = settings.get(key) if key else None
+    if folder and os.path.isdir(folder):
+        deps = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]["deps"]
+        if os.path.normpath(folder) not in map(os.path.normpath, deps):
+            raise UserError(
+                f"{_place(key, lines)}: DVC doesn't watch the folder {folder}: "
+                f"add `- {folder}` to the deps of {stage} in dvc.yaml"
+            )

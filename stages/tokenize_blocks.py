@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def write_blocks(files: dict[str, str], document: str, tokenizer_folder: str | Path, target: str | Path) -> dict:
-    """Writes the token stream of each split and meta.json.
+    """Writes the token stream of each split, its counts, and meta.json.
 
     Args:
         files: the text file of each split.
@@ -51,8 +51,9 @@ def write_blocks(files: dict[str, str], document: str, tokenizer_folder: str | P
             split: write_stream(folder / f"{split}.npy", path, document, tokenizer, end_of_text, vocab_size)
             for split, path in files.items()
         }
-        meta = {"tokenizer": fingerprint, "vocab_size": vocab_size, "end_of_text": end_of_text, "splits": counts}
-        (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        meta = {"tokenizer": fingerprint, "vocab_size": vocab_size, "end_of_text": end_of_text}
+        for name, content in {**counts, "meta": meta}.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     return counts
 
 

@@ -139,6 +139,7 @@ def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
         logger=False,  # make_loggers has to know the checkpoint
         log_every_n_steps=settings.runtime.log_every_n_steps,
         profiler=settings.runtime.profiler,
+        num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
         enable_progress_bar=False,  # Live has one
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
@@ -216,6 +217,8 @@ class LanguageModel(pl.LightningModule):
             optimizer = torch.optim.AdamW(
                 [{"params": matrices, "weight_decay": settings.weight_decay}, no_decay], **adamw
             )
+        # Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself.
+        optimizer._step_supports_amp_scaling = False
         total = settings.num_training_steps or self.trainer.estimated_stepping_batches
         if settings.num_warmup_steps >= total:
             raise UserError(

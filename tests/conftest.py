@@ -27,11 +27,11 @@ SMALL = [
 ]
 
 
-def run(*command: str, cwd: Path, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+def run(*command: str, cwd: Path, check: bool = True, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
     """Runs a real command; its output is in the assertion message when it fails."""
     if command[0] == "python":
         command = (sys.executable, *command[1:])
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(env or {})}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, **kwargs)
     if check:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
@@ -129,3 +129,58 @@ def browser():
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as driver:
         yield driver
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Runs `python -m MODULE` with the `python` of tests/warm.py, which DVC's stages then are run by too."""
+    folder = tmp_path_factory.mktemp("w")
+    command = [sys.executable, str(ROOT / "tests/warm.py"), str(folder)]
+    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def run_warm(*module: str, cwd: Path, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+        command = (str(folder / "python"), "-m", *module)
+        return run(*command, cwd=cwd, check=check, env={"PATH": path, **(env or {})})
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield run_warm
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def ready(template, warm, tmp_path_factory) -> Path:
+    """A built and committed project that trains for 18 steps, and knows a folder with a pretrained model."""
+    project = tmp_path_factory.mktemp("ready") / "project"
+    shutil.copytree(template, project)
+    set_params(project, "optimizer.batch_size=32", "trainer.max_epochs=1")
+    warm("dvc", "repro", cwd=project)
+    shutil.copytree(project / "models/gpt2", project / "pretrained")
+    pipeline = project / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("# - path/to/folder", "- pretrained"))
+    warm("dvc", "repro", cwd=project)
+    run("git", "add", "-A", cwd=project)
+    run("git", "commit", "-qm", "ready", cwd=project)
+    return project
+
+
+@pytest.fixture
+def copy(ready, tmp_path) -> Path:
+    """A copy of the ready project that a test may change."""
+    shutil.copytree(ready, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def outputs(project: Path) -> dict[str, str]:
+    """The hash of every output in dvc.lock, but for metrics/run.json, whose figures differ between two runs."""
+    import yaml
+
+    stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"].values()
+    return {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"] != "metrics/run.json"}
+
+
+def stages_run(done: subprocess.CompletedProcess) -> list[str]:
+    """The stages whose commands a `dvc repro` ran."""
+    import re
+
+    return re.findall(r"^Running stage '(\w+)'", done.stdout, re.M)

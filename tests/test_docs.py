@@ -412,5 +412,5 @@ def test_own_text(project, monkeypatch):
         set_params(project, f"{key}={value}")
     run_here(monkeypatch, project, "train_tokenizer")
     run_here(monkeypatch, project, "tokenize_blocks")
-    meta = json.loads((project / "data/blocks/meta.json").read_text())
-    assert meta["splits"]["test"]["bytes"] == len(parts[2].strip("\n"))
+    counts = json.loads((project / "data/blocks/test.json").read_text())
+    assert counts["bytes"] == len(parts[2].strip("\n"))
