@@ -89,11 +89,16 @@ def history() -> pd.DataFrame:
             experiments[revision] = match[1]
 
     rows = []
-    here = lines("log", "--format=%H", "HEAD", "--", EVAL) if born else []
+    here = lines("rev-list", "HEAD", "--", EVAL) if born else []
     if born:
         # --parents makes %P the nearest earlier commits that changed the file.
         fields = ("%H", "%P", "%cd", "%aN", "%s")
-        shape = ["--encoding=UTF-8", "--date=format:%Y-%m-%d %H:%M", f"--format={'%x00'.join(fields)}"]
+        shape = [
+            "--no-show-signature",
+            "--encoding=UTF-8",
+            "--date=format:%Y-%m-%d %H:%M",
+            f"--format={'%x00'.join(fields)}",
+        ]
         what = ["HEAD", "--branches", "--stdin", "--", EVAL]
         log = git("log", "-z", "--date-order", "--parents", *shape, *what, stdin="\n".join(experiments).encode())
         parts = log.decode(errors="replace").removesuffix("\0").split("\0")
