@@ -9,8 +9,6 @@ import vl_convert
 
 Path("plots").mkdir(exist_ok=True)
 for title, drawings in json.loads(Path(sys.argv[1]).read_text())["data"].items():
-    if Path(title).is_file():
-        continue  # a data file by itself: the titled plots of dvc.yaml show it better
     for i, drawing in enumerate(drawings):
         image = Path("plots", re.sub(r"\W+", "-", f"{title} {i}" if i else title) + ".png")
         image.write_bytes(vl_convert.vegalite_to_png(drawing["content"], scale=1.5))

@@ -14,6 +14,7 @@ import math
 import re
 import subprocess
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from stages.atomic import write_text
 from stages.settings import UserError, run
 
 EVAL = "metrics/eval.json"
-FILES = (EVAL, "dvc.lock", "metrics/run.json", "metrics/train.csv", "metrics/valid.csv", "metrics/samples.md")
+FILES = (
+    EVAL,
+    "dvc.lock",
+    "params.yaml",
+    "metrics/run.json",
+    "metrics/train.csv",
+    "metrics/valid.csv",
+    "metrics/samples.md",
+)
 TOKENIZER = "models/tokenizer"
 WORKSPACE = "workspace"
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")
@@ -152,7 +161,7 @@ def read_disk(name: str) -> bytes | None:
 def read_run(files: dict[str, bytes | None]) -> dict[str, Any]:
     """The figures of a run and what made them; what is missing or can't be read is None or empty."""
     figures, timing = read_json(files[EVAL]), read_json(files["metrics/run.json"])
-    made = read_lock(files["dvc.lock"], files[EVAL])
+    made = read_lock(files["dvc.lock"], files["params.yaml"], files[EVAL])
     return {
         "test_ppl": number(figures, "test", "ppl"),
         "test_bits_per_byte": number(figures, "test", "bits_per_byte"),
@@ -186,8 +195,8 @@ def ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def read_lock(raw: bytes | None, figures: bytes) -> dict[str, Any]:
-    """Settings, sources and what was scored, from the dvc.lock beside the figures.
+def read_lock(raw: bytes | None, settings: bytes | None, figures: bytes) -> dict[str, Any]:
+    """Settings, sources and what was scored, from the dvc.lock and params.yaml beside the figures.
 
     Returns:
         unknown: why nothing is known, or None; params: values by dotted name; sources: md5 by path
@@ -197,7 +206,7 @@ def read_lock(raw: bytes | None, figures: bytes) -> dict[str, Any]:
     if raw is None:
         return nothing | {"unknown": "no dvc.lock"}
     try:
-        stages = yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"].values()
+        stages = read_yaml(raw)["stages"].values()
         hashes, params, outs = {}, {}, set()
         for stage in stages:
             for entry in stage.get("deps", []) + stage.get("outs", []):
@@ -209,20 +218,31 @@ def read_lock(raw: bytes | None, figures: bytes) -> dict[str, Any]:
         return nothing | {"unknown": "dvc.lock can't be read"}
     if hashes.get(EVAL) != hashlib.md5(figures, usedforsecurity=False).hexdigest():
         return nothing | {"unknown": "dvc.lock records other figures"}
-    text, stride = params.get("data.test_file"), params.get("evaluate.stride")
+    try:
+        text = str(read_yaml(settings or b"")["data"]["test_file"])  # dvc.lock has its hash under this name
+    except (yaml.YAMLError, KeyError, TypeError):
+        text = None
+    if not (hashes.get(text) and hashes.get(TOKENIZER)):
+        return nothing | {"unknown": "dvc.lock lacks the test text or the tokenizer"}
+    stride = params.get("evaluate.stride")
     algorithm = params.get("tokenizer.tokenizer_model") or params.get("tokenizer.algorithm")
     made = {path for path in hashes if any(path == out or path.startswith(f"{out}/") for out in outs)}
     return {
         "unknown": None,
         "params": params,
         "sources": {path: md5 for path, md5 in hashes.items() if path not in made},
-        "tokenizer": hashes.get(TOKENIZER),
-        "text": hashes.get(text),
+        "tokenizer": hashes[TOKENIZER],
+        "text": hashes[text],
         "document": params.get("data.document"),
         "stride": "block_size" if stride in (None, params.get("model.block_size")) else str(stride),
         "tokenizer_name": f"{algorithm} {params.get('tokenizer.vocab_size', '')}".strip(),
-        "text_name": text or "",
+        "text_name": text,
     }
+
+
+@cache
+def read_yaml(raw: bytes) -> Any:
+    return yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def flatten(tree: Any, prefix: str, into: dict[str, Any]) -> None:
