@@ -159,6 +159,7 @@ def ready(template, warm, tmp_path_factory) -> Path:
     pipeline = project / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("# - path/to/folder", "- pretrained"))
     warm("dvc", "repro", cwd=project)
+    shutil.rmtree(project / "models/checkpoints")  # or a forced training would only export the last one
     run("git", "add", "-A", cwd=project)
     run("git", "commit", "-qm", "ready", cwd=project)
     return project

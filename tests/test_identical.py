@@ -56,7 +56,7 @@ def test_fresh_clone_without_cache(ready, tmp_path):
         "TOKENIZERS_PARALLELISM": "true",
         "TZ": "Asia/Tokyo",
     }
-    assert stages_run(run("dvc", "repro", cwd=clone, env=environment)) == list(PIPELINE)
+    assert stages_run(run("dvc", "repro", "--force", cwd=clone, env=environment)) == list(PIPELINE)
     assert outputs(clone) == outputs(ready)
     changed = {line[3:] for line in run("git", "status", "--short", cwd=clone).stdout.splitlines()}
     assert changed == {"dvc.lock", "metrics/run.json", "params.yaml"}
