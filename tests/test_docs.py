@@ -318,6 +318,11 @@ def test_table_says_what_reruns():
 README = (ROOT / "README.md").read_text()
 
 
+def test_readme_leads_to_every_page():
+    for page in PAGES:
+        assert page.name == "README.md" or f"({name_of(page)})" in README, f"README.md has no link to {name_of(page)}"
+
+
 def test_readme_draws_the_pipeline_as_dvc_does():
     drawn = [line.rstrip() for line in run("dvc", "dag", cwd=ROOT).stdout.splitlines()]
     assert "\n".join(drawn).strip("\n") in README
