@@ -19,7 +19,7 @@ Training took {steps:,} steps of up to {step_tokens:,} tokens{best}.
 from transformers import pipeline
 
 generate = pipeline("text-generation", ".")  # this folder, or the id it has on the hub
-print(generate("In the beginning", max_new_tokens=50)[0]["generated_text"])
+print(generate("The", max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 
 ## Figures
@@ -85,6 +85,7 @@ def model_card(
         steps=steps,
         step_tokens=optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches,
         best=f"; these are the weights of step {best_step:,}, at the lowest validation loss" if figures else "",
+        new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
         figures=FIGURES.format(documents=valid.documents, bytes=valid.bytes, tokens=len(valid.tokens) - 1, **figures)
         if figures
         else "It was trained without validation.",

@@ -10,6 +10,7 @@ from pathlib import Path
 import vl_convert
 
 from stages.atomic import write_text
+from stages.settings import run
 
 PAGE = Path(".dvc/plots_page.html")
 HTML = """<!DOCTYPE html>
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

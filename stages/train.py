@@ -439,7 +439,7 @@ class Live(Callback):
             disable=None if show else True,
             dynamic_ncols=True,
         )
-        self.step = self.logged = trainer.global_step
+        self.step = trainer.global_step
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
@@ -448,7 +448,7 @@ class Live(Callback):
                 metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
                 dvclive.log_metrics(metrics, row["step"], sync=False)
             for row in self.history.valid:
-                dvclive.log_metrics({"valid_loss": row["valid_loss"]}, row["step"], sync=False)
+                dvclive.log_metrics(valid_metrics(row["valid_loss"]), row["step"], sync=False)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses += outputs["loss"].detach() * trainer.accumulate_grad_batches
@@ -461,12 +461,13 @@ class Live(Callback):
             return
         loss = trainer.strategy.reduce(self.losses / self.batches, reduce_op="mean").item()
         tokens = self.batches * module.settings.optimizer.batch_size * module.settings.model.block_size
-        rate = tokens / (time.monotonic() - self.since)
+        now = time.monotonic()
+        rate = tokens / (now - self.since)
         self.bar.set_postfix_str(f"loss {loss:.3f}{self.valid}, {rate:,.0f} tokens/s", refresh=False)
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         metrics = {"loss": loss, "lr": lr, "grad_norm": self.history.grad_norm.item(), "tokens_per_second": rate}
         self.record(trainer, metrics)
-        self.losses, self.batches, self.since = 0.0, 0, time.monotonic()
+        self.losses, self.batches, self.since = 0.0, 0, now
 
     def record(self, trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero:
@@ -475,7 +476,8 @@ class Live(Callback):
             # sync=True would make DVCLive read all its files again, and each time there is more in them.
             dvclive.log_metrics(metrics, trainer.global_step, sync=False)
             dvclive.experiment.make_summary()
-            write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+            if not (LIVE / "dvc.yaml").exists():
+                write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
 
     def on_validation_start(self, trainer, module) -> None:
         self.validation_started = time.monotonic()
@@ -483,11 +485,12 @@ class Live(Callback):
     def on_validation_end(self, trainer, module) -> None:
         if trainer.sanity_checking or self.bar is None:
             return
-        ppl = math.exp(min(module.valid_loss, 700.0))
-        self.record(trainer, {"valid_loss": module.valid_loss, "valid_ppl": ppl})
+        metrics = valid_metrics(module.valid_loss)
+        self.record(trainer, metrics)
         self.valid = f", valid {module.valid_loss:.3f}"
         if module.settings.runtime.enable_progress_bar and trainer.is_global_zero:
-            line = f"step {trainer.global_step:,}: valid_loss {module.valid_loss:.4f}, valid_ppl {ppl:,.2f}"
+            shown = f"valid_loss {metrics['valid_loss']:.4f}, valid_ppl {metrics['valid_ppl']:,.2f}"
+            line = f"step {trainer.global_step:,}: {shown}"
             print(line, flush=True) if self.bar.disable else self.bar.write(line)
         self.since += time.monotonic() - self.validation_started
 
@@ -497,6 +500,10 @@ class Live(Callback):
     def on_exception(self, trainer, module, exception) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def valid_metrics(loss: float) -> dict[str, float]:
+    return {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}
 
 
 def check_monitors(callbacks: list[Callback]) -> None:
