@@ -195,6 +195,9 @@ class Checkpoints(Callback):
         return int(received), elapsed
 
     def save(self, trainer) -> None:
+        finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
+        if not trainer.strategy.reduce_boolean_decision(finite):
+            return  # the next loss ends the training; the checkpoints from before stay
         trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
         self.last_step, self.last_saved = trainer.global_step, time.monotonic()
         if trainer.is_global_zero:

@@ -177,6 +177,11 @@ def token_losses(
         for windows in [*starts, [full]]:
             length = min(T, N - 1 - windows[-1] * stride)
             batch = np.stack([split.tokens[k * stride : k * stride + length + 1] for k in windows]).astype(np.int64)
+            if batch.max() >= model.config.vocab_size:
+                raise UserError(
+                    f"{FOLDER}/{split.name}.npy: token id {batch.max()} is outside the model's vocabulary of "
+                    f"{model.config.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
+                )
             batch = torch.from_numpy(batch).to(model.device)
             nll = gpt2.token_losses(model, batch).cpu().numpy()
             if not np.isfinite(nll).all():

@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from stages.blocks import load_tokenizer
+from stages.blocks import load_tokenizer, vocab_size_of
 from stages.gpt2 import load_model, logits
-from stages.settings import load, make_parser, run, take_option
+from stages.settings import Count, UserError, load, make_parser, run, take_option
 
 MODEL = Path("models/gpt2")
 
@@ -26,11 +26,17 @@ MODEL = Path("models/gpt2")
 def main() -> None:
     parser = make_parser("generate", __doc__)
     parser.add_argument("--prompt", type=str, required=True, help="Text to continue.")
-    parser.add_argument("--samples", type=int, default=1, help="How many continuations to print.")
+    parser.add_argument("--samples", type=Count, default=1, help="How many continuations to print.")
     folder, argv = take_option("--model")
     settings = load(parser, argv)
     folder = folder or MODEL
+    try:
+        settings.prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt: not UTF-8 text: write it in the terminal's encoding, UTF-8") from None
     model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    if (size := vocab_size_of(tokenizer[0])) > model.config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has {size:,} tokens, its model only {model.config.vocab_size:,}")
     for i in range(settings.samples):
         print(continuation(model, tokenizer, settings.prompt, settings.generate, settings.generate.seed + i))
 

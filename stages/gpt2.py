@@ -5,6 +5,8 @@ output objects, and never all the logits at once. `logits` computes what `GPT2LM
 does from the same weights; a test holds the two against each other.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -13,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from stages import ops
-from stages.settings import UserError
+from stages.settings import UserError, is_local
 
 # Its notes and loading bars are about choices made here on purpose.
 transformers.logging.set_verbosity_error()
@@ -21,7 +23,11 @@ transformers.logging.disable_progress_bar()
 
 
 def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights (from torch's global seed), of the shape in the model group."""
+    """A GPT-2 with random weights (from torch's global seed), of the shape in the model group.
+
+    Raises:
+        UserError: it doesn't fit into memory.
+    """
     config = GPT2Config(
         vocab_size=vocab_size,
         n_positions=settings.block_size,
@@ -34,7 +40,10 @@ def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
-    return GPT2LMHeadModel(config)
+    try:
+        return GPT2LMHeadModel(config)
+    except (RuntimeError, MemoryError):
+        raise UserError("model: no memory for one of this size: lower model.n_embd or tokenizer.vocab_size") from None
 
 
 def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2LMHeadModel:
@@ -44,18 +53,17 @@ def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2L
         UserError: it can't be had, is no GPT-2, has too few positions, or another vocabulary.
     """
     name, key = settings.from_pretrained, "model.from_pretrained"
+    options = {"local_files_only": is_local(key, name, "model.safetensors"), "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # the hub, the files and the config's own code each raise their own
-        why = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{key}: {name!r} is no model folder, and no Hugging Face id that is cached or can be downloaded: {why}"
-        ) from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: {name!r} holds no working model ({why}): use another, or null") from None
     if config.model_type != "gpt2":
-        raise UserError(f"{key}: {name!r} is a {config.model_type} model: only gpt2 can be trained here")
+        raise UserError(f"{key}: {name!r} is a {config.model_type} model: only gpt2 can be trained")
     if settings.block_size > config.n_positions:
         raise UserError(
-            f"model.block_size: {settings.block_size} is above the {config.n_positions} positions of {name!r}"
+            f"model.block_size: {settings.block_size} is above the {config.n_positions} positions of {name!r}: lower it"
         )
     if max(vocab.values()) >= config.vocab_size:
         raise UserError(
@@ -63,7 +71,7 @@ def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2L
             f"set tokenizer.tokenizer_model to {name!r} too"
         )
     try:
-        its_vocab = AutoTokenizer.from_pretrained(name).get_vocab()
+        its_vocab = AutoTokenizer.from_pretrained(name, **options).get_vocab()
     except Exception:
         its_vocab = vocab  # a model saved without its tokenizer: only the size can be compared
     if its_vocab != vocab:
@@ -73,27 +81,29 @@ def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2L
         )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = settings.dropout
     config.bos_token_id = config.eos_token_id = end_of_text
-    return load_model(name, config)
+    return load_model(name, config, local_files_only=options["local_files_only"])
 
 
-def load_model(folder, config: GPT2Config | None = None) -> GPT2LMHeadModel:
-    """A GPT-2 folder or id, in float32.
+def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHeadModel:
+    """A GPT-2 folder, or with its config a Hugging Face id, in float32.
 
     Raises:
         UserError: a file is missing, cut short, or holds other weights than config.json says.
     """
+    if config is None and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such model folder: make it with `dvc repro`")
     try:
-        config = config or AutoConfig.from_pretrained(folder)
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "gpt2":
             raise ValueError(f"a {config.model_type} model, not gpt2")
         model, report = GPT2LMHeadModel.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:  # safetensors, transformers and json each raise their own
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: no working GPT-2 ({why}): make it again with `dvc repro`") from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no working GPT-2 ({why}): make or fetch it again") from None
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise UserError(f"{folder}: its weight file lacks {missing[0]}: make it again with `dvc repro`")
+        raise UserError(f"{folder}: its weight file lacks {missing[0]}: make or fetch it again")
     return model
 
 

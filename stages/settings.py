@@ -6,30 +6,52 @@ stage checks the whole file, so that a slip in a late stage's group stops the fi
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import ClosedUnitInterval, restricted_number_type
 
 PARAMS_FILE = "params.yaml"
 MAX_PARAMS_BYTES = 1 << 20
+MAX_PARAMS_DEPTH = 20
 BYTE_ALPHABET = 256
-DropoutRate = restricted_number_type("DropoutRate", float, [(">=", 0), ("<", 1)])
+
+MAX_INT = (1 << 62) - 1
+Count = restricted_number_type("Count", int, [(">=", 1), ("<=", MAX_INT)])
+CountOrZero = restricted_number_type("CountOrZero", int, [(">=", 0), ("<=", MAX_INT)])
+SequenceLength = restricted_number_type("SequenceLength", int, [(">=", 2), ("<=", MAX_INT)])
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 1 << 32)])
+Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
+PositiveOrZero = restricted_number_type("PositiveOrZero", float, [(">=", 0), ("<", math.inf)])
+Rate = restricted_number_type("Rate", float, [(">=", 0), ("<", 1)])
 Probability = restricted_number_type("Probability", float, [(">", 0), ("<=", 1)])
-SequenceLength = restricted_number_type("SequenceLength", int, (">=", 2))
+
+# How an error message calls them.
+TYPE_WORDS = {
+    Count: "a whole number of 1 or more",
+    CountOrZero: "a whole number of 0 or more",
+    SequenceLength: "a whole number of 2 or more",
+    Seed: "a whole number from 0 to 4294967295",
+    Positive: "a number above 0",
+    PositiveOrZero: "a number of 0 or more",
+    ClosedUnitInterval: "a number from 0 to 1",
+    Rate: "a number from 0 to below 1",
+    Probability: "a number above 0, up to 1",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text (try quotes)",
+    type(None): "null",
+}
 
 
 class UserError(Exception):
@@ -67,9 +89,9 @@ class Tokenizer:
 
     tokenizer_model: str | None
     algorithm: Literal["bpe", "unigram", "byte"]
-    vocab_size: PositiveInt
-    sample_bytes: PositiveInt
-    sample_seed: NonNegativeInt
+    vocab_size: Count
+    sample_bytes: Count
+    sample_seed: Seed
 
 
 @dataclass
@@ -87,10 +109,10 @@ class Model:
 
     from_pretrained: str | None
     block_size: SequenceLength
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    dropout: DropoutRate
+    n_layer: Count
+    n_head: Count
+    n_embd: Count
+    dropout: Rate
 
 
 @dataclass
@@ -110,13 +132,13 @@ class Optimizer:
     """
 
     name: Literal["adamw", "muon"]
-    lr: PositiveFloat
-    batch_size: PositiveInt
-    weight_decay: NonNegativeFloat
-    betas: tuple[ClosedUnitInterval, ClosedUnitInterval]
+    lr: Positive
+    batch_size: Count
+    weight_decay: PositiveOrZero
+    betas: tuple[Rate, Rate]
     schedule: Literal["cosine", "linear", "constant"]
-    num_warmup_steps: NonNegativeInt
-    num_training_steps: PositiveInt | None
+    num_warmup_steps: CountOrZero
+    num_training_steps: Count | None
     min_lr_ratio: ClosedUnitInterval
 
 
@@ -129,8 +151,8 @@ class Evaluate:
         batch_size: windows in one forward pass.
     """
 
-    stride: PositiveInt | None
-    batch_size: PositiveInt
+    stride: Count | None
+    batch_size: Count
 
 
 @dataclass
@@ -147,11 +169,11 @@ class Generate:
     """
 
     prompts: list[str]
-    max_new_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: NonNegativeInt
+    max_new_tokens: Count
+    temperature: PositiveOrZero
+    top_k: CountOrZero
     top_p: Probability
-    seed: NonNegativeInt
+    seed: Seed
 
 
 @dataclass
@@ -168,13 +190,13 @@ class Runtime:
         num_sanity_val_steps: validation batches to try before training.
     """
 
-    num_workers: NonNegativeInt
-    log_every_n_steps: PositiveInt
+    num_workers: CountOrZero
+    log_every_n_steps: Count
     enable_progress_bar: bool
-    checkpoint_every_n_steps: NonNegativeInt
-    checkpoint_every_n_minutes: NonNegativeFloat
+    checkpoint_every_n_steps: CountOrZero
+    checkpoint_every_n_minutes: PositiveOrZero
     profiler: Literal["simple", "advanced"] | None
-    num_sanity_val_steps: NonNegativeInt
+    num_sanity_val_steps: CountOrZero
 
 
 GROUPS = {
@@ -218,7 +240,7 @@ def make_parser(stage: str, description: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file whose settings override params.yaml.")
     parser.add_argument(
-        "--seed_everything", type=NonNegativeInt, required=True, help="Seed of initial weights, data order, dropout."
+        "--seed_everything", type=Seed, required=True, help="Seed of initial weights, data order, dropout."
     )
     for name, group in GROUPS.items():
         parser.add_class_arguments(group, name)
@@ -234,21 +256,20 @@ def load(parser: ArgumentParser, argv: list[str] | None = None) -> Namespace:
             an impossible combination.
     """
     argv = sys.argv[1:] if argv is None else argv
-    files = [PARAMS_FILE]
-    for i, argument in enumerate(argv):
-        if argument == "--config" and i + 1 < len(argv):
-            files.append(argv[i + 1])
-        elif argument.startswith("--config="):
-            files.append(argument.removeprefix("--config="))
-    lines = {path: _read_yaml_lines(path) for path in files}
+    given = {}
+    for path in [PARAMS_FILE, *_values_of("--config", argv)]:
+        given |= _read_settings(path, parser)
+    for option in (argument.split("=")[0] for argument in argv if argument.startswith("--")):
+        if values := _values_of(option, argv):
+            given[option.lstrip("-")] = (option, values[-1])
     try:
         settings = parser.parse_args(argv)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), parser, lines)) from None
+        raise UserError(_explain(str(error), parser, given)) from None
     for key, value in settings.items():
         settings[key] = _plain(value)
-    _check_combinations(settings, lines)
-    _check_watched(settings, lines)
+    _check_combinations(settings, given)
+    _check_watched(settings, given)
     return settings
 
 
@@ -263,10 +284,38 @@ def _plain(value):
 
 def take_option(name: str, argv: list[str] | None = None) -> tuple[str | None, list[str]]:
     """An option's value, and the command line without it: for names that are also a group's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument(name)
-    known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        known, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{name}: {error.message}: give it a value") from None
     return vars(known)[name.lstrip("-")], rest
+
+
+def is_local(key: str, name: str, file: str) -> bool:
+    """Whether a model or tokenizer is on this machine; otherwise, that it can be downloaded is checked
+    once and quickly, since transformers would try for a minute.
+
+    Args:
+        key: the setting that names it.
+        name: a folder, or a Hugging Face id.
+        file: the largest of its files, the last one to be cached.
+    Raises:
+        UserError: no such folder; an id that is not cached and can't be downloaded.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if os.path.isdir(name) or isinstance(try_to_load_from_cache(name, file), str):
+            return True
+        HfApi().model_info(name, timeout=10)
+        return False
+    except Exception as error:  # a name that can't be an id, no network, no such id, no access to it
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {name!r} is neither a folder nor a Hugging Face id that is cached or can be downloaded: {why}"
+        ) from None
 
 
 def run(main) -> None:
@@ -274,112 +323,178 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+    except BrokenPipeError:
+        os._exit(1)
     except OSError as error:
         # A full disk or a file without permission is no bug of ours, so no traceback.
         sys.exit(f"error: {error.filename or 'writing output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os._exit(1)
 
 
-def _read_yaml_lines(path: str) -> dict[str, int]:
-    """Line number of every dotted key, once the file is known to be plain, small YAML."""
+def _values_of(option: str, argv: list[str]) -> list[str]:
+    following = [after for argument, after in zip(argv, argv[1:]) if argument == option]
+    return following + [a.removeprefix(f"{option}=") for a in argv if a.startswith(f"{option}=")]
+
+
+def _read_settings(path: str, parser: ArgumentParser) -> dict[str, tuple[str, str]]:
+    """Where each dotted key of a file stands ("params.yaml:12") and its text, once the file is known
+    to be plain, small YAML with known names."""
     try:
         raw = Path(path).read_bytes() if os.path.getsize(path) <= MAX_PARAMS_BYTES else None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}: `git checkout {PARAMS_FILE}` brings the last one back") from None
     if raw is None:
         raise UserError(f"{path}: larger than {MAX_PARAMS_BYTES:,} bytes: settings are short, keep text in files")
     try:
-        for event in yaml.parse(raw, Loader=yaml.SafeLoader):
+        text = raw.decode("utf-8-sig")
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            place = f"{path}:{event.start_mark.line + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_PARAMS_DEPTH:
+                raise UserError(f"{place}: more than {MAX_PARAMS_DEPTH} lists and groups in each other: remove some")
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{path}:{event.start_mark.line + 1}: aliases (*) aren't allowed: write the value out")
-        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+                raise UserError(f"{place}: aliases (*) aren't allowed: write the value out")
+            if getattr(event, "tag", None) is not None:
+                raise UserError(f"{place}: tags (!) aren't allowed: write the plain value")
+            if isinstance(event, yaml.ScalarEvent) and re.search("[\ud800-\udfff]", event.value):
+                raise UserError(f"{place}: half a character (a surrogate): remove it")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte offset {error.start:,}: save it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UserError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        hint = "indent with spaces" if "'\\t'" in error.problem else "compare with `git diff`"
+        raise UserError(f"{path}:{mark.line + 1}: not valid YAML: {error.problem}: {hint}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}: compare with `git diff`") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}: not a list of `name: value` settings: `git checkout {PARAMS_FILE}` brings it back")
 
-    lines = {}
+    given = {}
 
-    def walk(node, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            line = key.start_mark.line + 1
-            if name in lines:
-                raise UserError(f"{path}:{line}: {name}: set twice, first on line {lines[name]}: remove one")
-            lines[name] = line
-            walk(value, f"{name}.")
+    def walk(node: yaml.Node, prefix: str) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                walk(item, f"{prefix}{i}.")
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{prefix}{key.value}"
+                place = f"{path}:{key.start_mark.line + 1}"
+                if name in given:
+                    raise UserError(f"{place}: {name}: set twice, first at {given[name][0]}: remove one")
+                given[name] = (place, text[value.start_mark.index : value.end_mark.index])
+                if name in groups and not isinstance(value, yaml.MappingNode):
+                    raise UserError(f"{place}: {name}: got {_short(given[name][1])}, must hold settings, one a line")
+                walk(value, f"{name}.")
 
+    groups = {*GROUPS, "trainer"}
     walk(root, "")
-    return lines
+    known = groups.union(action.dest for action in parser._actions)
+    for name, (place, _) in given.items():
+        if name not in known and name.rpartition(".")[0] in {"", *groups}:
+            raise UserError(_unknown(name, place, parser))
+    return given
 
 
-def _place(key: str, lines: dict[str, dict[str, int]]) -> str:
-    for path, keys in reversed(lines.items()):
-        if key in keys:
-            return f"{path}:{keys[key]}: {key}"
-    return key
+def _place(key: str, given: dict[str, tuple[str, str]]) -> str:
+    place = given.get(key, (PARAMS_FILE, ""))[0]
+    return place if place == f"--{key}" else f"{place}: {key}"
 
 
-def _explain(message: str, parser: ArgumentParser, lines: dict[str, dict[str, int]]) -> str:
+def _explain(message: str, parser: ArgumentParser, given: dict[str, tuple[str, str]]) -> str:
     """One line for the user from jsonargparse's message of several."""
-    if unknown := re.search(r"Group '(.+?)' does not accept option '(.+?)'", message):
-        return _unknown(f"{unknown[1]}.{unknown[2]}", parser, lines)
-    if unknown := re.search(
-        r"(?:Key|option|arguments?:?|Unrecognized arguments:) '?-*([\w.]+)'?.*not (?:expected|accepted)", message
-    ):
-        return _unknown(unknown[1], parser, lines)
-    if unknown := re.search(r"[Uu]nrecognized arguments: -*([\w.]+)", message):
-        return _unknown(unknown[1], parser, lines)
-    if missing := re.search(r"arguments are required: (.+)", message):
-        return f"{PARAMS_FILE}: missing {missing[1]}: add it (the committed {PARAMS_FILE} shows every setting)"
-    key = re.search(r'Parser key "(.+?)"', message)
-    detail = message[key.end() :] if key else message
-    value = re.search(r"Given value: (.*)", detail, re.S)
-    if value:
-        causes = [
-            c.strip(" -\n") for c in re.findall(r"^ +-? ?(?!Subtypes|Errors|Given)(.+)$", detail[: value.start()], re.M)
-        ]
-        causes = [c for c in causes if not c.startswith(("Does not validate", "Subtypes", "Errors", "Given", "a "))]
-        causes = [re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", c).replace("NoneType", "null") for c in causes]
-        expected = [c.removeprefix("Expected a ") for c in causes if c.startswith("Expected a ")]
-        others = [c.rstrip(":") for c in causes if not c.startswith("Expected a ")]
-        detail = f"got {value[1].strip()!r}; " + "; ".join(
-            ([f"expected {' or '.join(expected)}"] if expected else []) + others
-        )
-    detail = " ".join(re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", detail.strip(" :\n")).split())
-    return f"{_place(key[1], lines)}: {detail}" if key else detail
+    if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+        name = unknown[1].split("=")[0]
+        if name.startswith("--"):
+            return _unknown(name.lstrip("-"), name, parser)
+        return f"{name}: not a setting: write --NAME VALUE, see {parser.prog} --help"
+    if missing := re.match(r"the following arguments are required: (.+)", message):
+        names = missing[1].split(", ")
+        if nulls := [name for name in names if name in given]:
+            return _wrong_value(nulls[0], given)
+        if names[0] in _types():
+            return f"{PARAMS_FILE}: {missing[1]}: missing: `git diff {PARAMS_FILE}` shows what was removed"
+        return f"--{names[0]}: missing: give it a value"
+    if single := re.match(r"argument (--\S+): expected one argument", message):
+        return f"{single[1]}: needs one value (a value that begins with -: {single[1]}=VALUE)"
+    if key := re.match(r'Parser key "([\w.]+)":?', message):
+        if key[1] in _types():
+            return _wrong_value(key[1], given, message)
+        message = f"{_place(key[1], given)}: {message[key.end() :]}"
+    # What jsonargparse says in another form than these is still told, if less clearly.
+    return f"{' '.join(message.split())}: see {parser.prog} --help"
 
 
-def _unknown(key: str, parser: ArgumentParser, lines: dict[str, dict[str, int]]) -> str:
-    name = key.removeprefix("trainer.")
-    if key.startswith("trainer.") and name in {field.name for field in fields(Runtime)}:
-        return f"{_place(key, lines)}: stands in the runtime group here: move it to runtime.{name}"
+def _wrong_value(key: str, given: dict[str, tuple[str, str]], message: str = "") -> str:
+    text = f"{_place(key, given)}: got {_short(given.get(key, ('', ''))[1])}"
+    # Of a class and its arguments, only jsonargparse knows what is wrong.
+    reason = first_reason(message)
+    if reason.startswith(("Problem with given class", "Import path", "Expected a dot import path")):
+        return f"{text}: {reason}: write class_path and init_args as for LightningCLI"
+    return f"{text}, must be {_words(_types()[key])}"
+
+
+def first_reason(message: str) -> str:
+    """What jsonargparse says about the first type of several that a value might have."""
+    reason = re.search(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
+    return " ".join((reason[1] if reason else message).split())
+
+
+def _unknown(key: str, place: str, parser: ArgumentParser) -> str:
+    leaf = key.split(".")[-1]
+    place = place if place == f"--{key}" else f"{place}: {key}"
+    if key == f"trainer.{leaf}" and leaf in get_type_hints(Runtime):
+        return f"{place}: stands in the runtime group here: move it to runtime.{leaf}"
+    if key == f"trainer.{leaf}" and leaf in NOT_TRAINER_SETTINGS:
+        return f"{place}: the train stage itself sees to it: remove it"
     known = [action.dest for action in parser._actions]
-    close = difflib.get_close_matches(key, known, n=1) or [k for k in known if k.split(".")[-1] == name]
-    hint = f"did you mean {close[0]}?" if close else f"see python -m {parser.prog.split()[-1]} --help"
-    return f"{_place(key, lines)}: no such setting: {hint}"
+    close = [name for name in known if name.split(".")[-1] == leaf] or difflib.get_close_matches(key, known, n=1)
+    return f"{place}: no such setting: " + (f"did you mean {close[0]}?" if close else f"see {parser.prog} --help")
 
 
-def _check_combinations(settings: Namespace, lines: dict[str, dict[str, int]]) -> None:
+def _types() -> dict[str, type]:
+    """The type of each setting in params.yaml."""
+    from pytorch_lightning import Trainer
+
+    groups = GROUPS | {"trainer": Trainer.__init__}
+    types = {f"{group}.{name}": kind for group, of in groups.items() for name, kind in get_type_hints(of).items()}
+    return types | {"seed_everything": Seed}
+
+
+def _words(kind) -> str:
+    """A type as an error message calls it."""
+    arguments = get_args(kind)
+    if kind in TYPE_WORDS:
+        return TYPE_WORDS[kind]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(str(argument) for argument in arguments)}"
+    if get_origin(kind) is tuple:
+        return f"a list of {len(arguments)}, each {_words(arguments[0])}"
+    if get_origin(kind) in (list, Iterable):
+        return f"a list of {_words(arguments[0])}"
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_words(argument) for argument in arguments))
+    return f"a {getattr(kind, '__name__', kind)}'s class_path and init_args"
+
+
+def _short(text: str) -> str:
+    """A value as the file has it, on one line of bounded length."""
+    text = " ".join(text.split()) or "null"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _check_combinations(settings: Namespace, given: dict[str, tuple[str, str]]) -> None:
     model, tokenizer, optimizer, trainer = settings.model, settings.tokenizer, settings.optimizer, settings.trainer
 
     def fail(key: str, text: str) -> None:
-        raise UserError(f"{_place(key, lines)}: {text}")
+        raise UserError(f"{_place(key, given)}: {text}")
 
-    for key, value in (
-        ("data.train_file", settings.data.train_file),
-        ("data.valid_file", settings.data.valid_file),
-        ("data.test_file", settings.data.test_file),
-    ):
-        if not value:
-            fail(key, "empty: name a UTF-8 text file")
+    for key in ("train_file", "valid_file", "test_file"):
+        if not settings.data[key].strip():
+            fail(f"data.{key}", "empty: name a UTF-8 text file")
     if tokenizer.tokenizer_model is None and tokenizer.algorithm != "byte" and tokenizer.vocab_size <= BYTE_ALPHABET:
         fail(
             "tokenizer.vocab_size",
@@ -387,24 +502,27 @@ def _check_combinations(settings: Namespace, lines: dict[str, dict[str, int]]) -
             "(256 bytes and end-of-text), or set tokenizer.algorithm: byte",
         )
     if model.from_pretrained is None and model.n_embd % model.n_head:
-        fail("model.n_embd", f"{model.n_embd} is not divisible by model.n_head {model.n_head}")
+        fail("model.n_embd", f"{model.n_embd} is not divisible by model.n_head {model.n_head}: change one of them")
     if settings.evaluate.stride is not None and settings.evaluate.stride > model.block_size:
-        fail("evaluate.stride", f"{settings.evaluate.stride} is above model.block_size {model.block_size}")
+        fail("evaluate.stride", f"{settings.evaluate.stride} is above model.block_size {model.block_size}: lower it")
     if optimizer.num_training_steps is not None and optimizer.num_warmup_steps >= optimizer.num_training_steps:
         fail(
             "optimizer.num_warmup_steps",
             f"{optimizer.num_warmup_steps} leaves no step after the warm-up: "
-            f"optimizer.num_training_steps is {optimizer.num_training_steps}",
+            f"lower it below optimizer.num_training_steps {optimizer.num_training_steps}",
         )
-    if trainer.max_epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+    if trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None:
         fail("trainer.max_epochs", "no end of training: set trainer.max_epochs, trainer.max_steps or trainer.max_time")
-    if -1 in (trainer.max_epochs,) and trainer.max_steps == -1 and trainer.max_time is None:
-        fail("trainer.max_epochs", "no end of training: set trainer.max_epochs, trainer.max_steps or trainer.max_time")
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer[key] == 0:
+            fail(f"trainer.{key}", "0 trains nothing: raise it")
+    if (trainer.gradient_clip_val or 0) < 0:
+        fail("trainer.gradient_clip_val", f"{trainer.gradient_clip_val}: must be 0 or more, or null")
     if trainer.accumulate_grad_batches < 1:
         fail("trainer.accumulate_grad_batches", f"{trainer.accumulate_grad_batches}: must be 1 or more")
 
 
-def _check_watched(settings: Namespace, lines: dict[str, dict[str, int]]) -> None:
+def _check_watched(settings: Namespace, given: dict[str, tuple[str, str]]) -> None:
     """Run by DVC, a stage may read only what DVC watches, or a change in it would rerun nothing."""
     stage = os.environ.get("DVC_STAGE")
     key = FOLDER_SETTINGS.get(stage)
@@ -413,6 +531,6 @@ def _check_watched(settings: Namespace, lines: dict[str, dict[str, int]]) -> Non
         deps = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][stage]["deps"]
         if os.path.normpath(folder) not in map(os.path.normpath, deps):
             raise UserError(
-                f"{_place(key, lines)}: DVC doesn't watch the folder {folder}: "
+                f"{_place(key, given)}: DVC doesn't watch the folder {folder}: "
                 f"add `- {folder}` to the deps of {stage} in dvc.yaml"
             )

@@ -48,15 +48,19 @@ def document_spans(text: mmap.mmap, document: str) -> Iterator[tuple[int, int]]:
     A document of blank_line or line mode ends before its last line end ("\\n" or "\\r\\n").
     """
     if document == "file":
-        yield 0, len(text)
+        if VISIBLE.search(text):
+            yield 0, len(text)
         return
     start = LEADING_BLANK_LINES.match(text).end() if document == "blank_line" else 0
     for end, following in separators(text, document, start):
         if VISIBLE.search(text, start, end):
             yield start, end
         start = following
-    tail = text[max(start, len(text) - 2) :]
-    end = len(text) - (2 if tail == b"\r\n" else tail.endswith(b"\n"))
+    end = text.rfind(b"\n", max(start, len(text) - WINDOW_BYTES))
+    if end < 0 or VISIBLE.search(text, end):
+        end = len(text)  # no line end, or a line after it
+    elif end > start and text[end - 1] == ord("\r"):
+        end -= 1
     if VISIBLE.search(text, start, end):
         yield start, end
 

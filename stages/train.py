@@ -37,7 +37,7 @@ from stages.atomic import new_folder, write_text
 from stages.blocks import Split, load_split, load_tokenizer
 from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
 from stages.model_card import model_card, valid_figures
-from stages.settings import UserError, load, make_parser, run
+from stages.settings import UserError, first_reason, load, make_parser, run
 
 TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/gpt2")
@@ -68,6 +68,12 @@ def main() -> None:
         raise UserError(
             f"optimizer.batch_size: train has only {(len(train_split.tokens) - 1) // T:,} blocks of "
             f"model.block_size {T}, less than one batch of {batch_size}: lower one of them"
+        )
+    batches, interval = (len(train_split.tokens) - 1) // T // batch_size, settings.trainer.val_check_interval
+    if isinstance(interval, int) and interval > batches and settings.trainer.check_val_every_n_epoch is not None:
+        raise UserError(
+            f"trainer.val_check_interval: {interval} is more than the {batches:,} batches of an epoch: "
+            "lower it, or set trainer.check_val_every_n_epoch: null"
         )
 
     pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
@@ -126,25 +132,29 @@ def main() -> None:
 
 def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
     """Lightning's Trainer with the settings of the trainer and runtime groups."""
-    arguments = parser.instantiate(settings).trainer.as_dict()
-    users = arguments.pop("callbacks") or []
-    users = users if isinstance(users, list) else [users]
-    check_monitors(users)
-    plugins = arguments.pop("plugins") or []
-    plugins = plugins if isinstance(plugins, list) else [plugins]
-    return pl.Trainer(
-        **arguments,
-        callbacks=[*users, *callbacks],
-        plugins=[*plugins, AtomicCheckpointIO()],
-        logger=False,  # make_loggers has to know the checkpoint
-        log_every_n_steps=settings.runtime.log_every_n_steps,
-        profiler=settings.runtime.profiler,
-        num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
-        enable_progress_bar=False,  # Live has one
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
-        use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
-    )
+    try:
+        arguments = parser.instantiate(settings).trainer.as_dict()
+        users = arguments.pop("callbacks") or []
+        users = users if isinstance(users, list) else [users]
+        check_monitors(users)
+        plugins = arguments.pop("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return pl.Trainer(
+            **arguments,
+            callbacks=[*users, *callbacks],
+            plugins=[*plugins, AtomicCheckpointIO()],
+            logger=False,  # make_loggers has to know the checkpoint
+            log_every_n_steps=settings.runtime.log_every_n_steps,
+            profiler=settings.runtime.profiler,
+            num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
+            enable_progress_bar=False,  # Live has one
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
+            use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        # Lightning and the users' callbacks check their arguments in their own ways.
+        raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
 
 
 def make_loggers(identity: str, resume: Path | None) -> list[Logger]:

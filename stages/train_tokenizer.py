@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.atomic import new_folder
-from stages.settings import UserError, load, make_parser, run
+from stages.settings import UserError, is_local, load, make_parser, run
 from stages.text import open_text, pieces
 
 OUTPUT = "models/tokenizer"
@@ -46,13 +46,12 @@ def existing(name: str) -> PreTrainedTokenizerFast:
         UserError: it can't be had or read, is no fast tokenizer, or has no end-of-text token.
     """
     key = "tokenizer.tokenizer_model"
+    local = is_local(key, name, "tokenizer.json")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # the hub, the files and the tokenizer's own code each raise their own
-        why = re.split(r"[\n:(]", str(error).strip())[0]
-        raise UserError(
-            f"{key}: {name!r} is no tokenizer folder, and no Hugging Face id that is cached or can be downloaded: {why}"
-        ) from None
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: {name!r} holds no working tokenizer ({why}): use another, or null") from None
     if not tokenizer.is_fast:
         raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
     if tokenizer.eos_token_id is None:
@@ -129,7 +128,7 @@ def sample(path: str, settings) -> Iterator[list[str]]:
                 end = min(start + SAMPLE_SPAN_BYTES, len(text))
                 bar.update(end - start)
                 # A span begins and ends between two characters.
-                while start < end and text[start] & 0xC0 == 0x80 and start > end - SAMPLE_SPAN_BYTES - 4:
+                while 0 < start < end and text[start] & 0xC0 == 0x80 and start > end - SAMPLE_SPAN_BYTES - 4:
                     start += 1
                 while end < len(text) and text[end] & 0xC0 == 0x80:
                     end += 1
@@ -157,6 +156,8 @@ def unigram_model(texts: Iterator[list[str]], byte_level, alphabet: list[str], s
     words = Counter()
     for text in chain.from_iterable(texts):
         words.update(word for word, _ in byte_level.pre_tokenize_str(text))
+    # Bytes that the text doesn't have are pieces too, so that every text can be encoded.
+    unseen = sorted(set(alphabet).difference(*words))
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "words.tsv")
         with source.open("w", encoding="utf-8", newline="") as file:
@@ -169,9 +170,8 @@ def unigram_model(texts: Iterator[list[str]], byte_level, alphabet: list[str], s
                 input_format="tsv",
                 model_prefix=prefix,
                 model_type="unigram",
-                vocab_size=size + 1,
+                vocab_size=size + 1 - len(unseen),
                 hard_vocab_limit=False,
-                required_chars="".join(alphabet),
                 character_coverage=1.0,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
@@ -191,7 +191,8 @@ def unigram_model(texts: Iterator[list[str]], byte_level, alphabet: list[str], s
             raise UserError(f"tokenizer.algorithm: unigram: sentencepiece: {' '.join(str(error).split())}") from None
         processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     vocabulary = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(1, processor.get_piece_size())]
-    return models.Unigram(vocabulary, unk_id=None)
+    least = min(score for _, score in vocabulary)
+    return models.Unigram(vocabulary + [(character, least) for character in unseen], unk_id=None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Projects to test on: copies of this checkout with small text and a small model."""
 
+import contextlib
+import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +39,35 @@ def run(*command: str, cwd: Path, check: bool = True, env: dict | None = None, *
     if check:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]:
+    """Runs a stage in this process, which saves its start: exit status, standard output and error."""
+    import importlib
+
+    from stages.settings import run as run_main
+
+    main = importlib.import_module(f"stages.{name}").main
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(project),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr("sys.argv", [name, *arguments])
+        try:
+            run_main(main)
+        except SystemExit as stop:
+            status = stop.code or 0
+            if isinstance(status, str):  # what Python itself does with it
+                print(status, file=err)
+                status = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return status, out.getvalue(), err.getvalue()
 
 
 def set_params(project: Path, *settings: str) -> None:

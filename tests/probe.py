@@ -1,0 +1,45 @@
+"""A user's own Lightning callback: the tests name it by class_path, to see a training from outside."""
+
+import json
+from pathlib import Path
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+
+class Probe(Callback):
+    """Keeps what a training starts from, what it sees, and where it ends.
+
+    Args:
+        folder: where it writes, at the end.
+        poison: the optimizer step after which it makes a weight NaN; 0: never.
+    """
+
+    def __init__(self, folder: str, poison: int = 0):
+        self.folder, self.poison = Path(folder), poison
+        self.batches, self.rates, self.groups = [], [], []
+
+    def weights(self, module) -> dict:
+        return {name: weight.detach().clone() for name, weight in module.model.state_dict().items()}
+
+    def on_train_start(self, trainer, module) -> None:
+        self.first = self.weights(module)
+        names = {id(weight): name for name, weight in module.model.named_parameters()}
+        for group in trainer.optimizers[0].param_groups:
+            self.groups.append([group["weight_decay"], [names[id(weight)] for weight in group["params"]]])
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        self.batches.append(batch.clone())
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if self.poison and trainer.global_step == self.poison:
+            with torch.no_grad():
+                module.model.transformer.ln_f.bias.fill_(torch.nan)
+
+    def on_train_end(self, trainer, module) -> None:
+        self.folder.mkdir(exist_ok=True)
+        torch.save(
+            {"first": self.first, "last": self.weights(module), "batches": self.batches}, self.folder / "seen.pt"
+        )
+        (self.folder / "seen.json").write_text(json.dumps({"rates": self.rates, "groups": self.groups}))
