@@ -293,9 +293,14 @@ MODEL = {
     "blocks of another length": (
         "train",
         [lambda project: np.save(project / "data/blocks/train.npy", np.zeros(99, np.uint16))],
-        r"data/blocks/train\.npy: .* is not what meta\.json says",
+        r"data/blocks/train\.npy: .* is not what its \.json files say",
     ),
-    "blocks without a record": ("train", [remove("data/blocks/meta.json")], r"data/blocks/train\.npy: can't be read"),
+    "blocks without a record": ("train", [remove("data/blocks/train.json")], r"data/blocks/train\.npy: can't be read"),
+    "blocks without their tokenizer": (
+        "train",
+        [remove("data/blocks/meta.json")],
+        r"data/blocks/train\.npy: can't be read",
+    ),
     "loss turns NaN": (
         "train",
         ["optimizer.lr=1e30", "trainer.gradient_clip_val=null"],

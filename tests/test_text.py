@@ -92,7 +92,7 @@ def test_own_text(template, tmp_path, kind, algorithm):
     assert stream.dtype == np.uint16 and stream.max() < len(tokenizer)
     expected = documents_of(TEXTS[kind], "blank_line")
     assert decoded_documents(stream, tokenizer) == expected
-    counts = json.loads((tmp_path / "data/blocks/meta.json").read_text())["splits"]["train"]
+    counts = json.loads((tmp_path / "data/blocks/train.json").read_text())
     assert counts["documents"] == len(expected)
     assert counts["bytes"] == sum(len(document) for document in expected)
     assert counts["words"] == sum(len(document.decode().split()) for document in expected)
