@@ -199,11 +199,11 @@ def checkpoint_files(project: Path) -> list[Path]:
     return sorted((project / "models/checkpoints").glob("*/*.ckpt"))
 
 
-def train_on_a_full_disk(project: Path) -> bool:
+def train_on_a_full_disk(project: Path, *arguments: str) -> bool:
     """Runs the train stage where no file can grow to the size of a checkpoint; whether it failed as it should."""
     limit = 100_000
     done = subprocess.run(
-        [sys.executable, "-m", "stages.train"],
+        [sys.executable, "-m", "stages.train", *arguments],
         cwd=project,
         capture_output=True,
         text=True,

@@ -1,26 +1,24 @@
 """A training that was stopped ends with the bytes of one that never was."""
 
-import hashlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import faults
 import pytest
 
-from stages import train
-
-OUTPUTS = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
+from stages import checkpoints, train
+from stages.settings import UserError
 
 
 def digests(project: Path) -> dict[str, str]:
     """SHA-256 of every output file of the train stage that must not vary."""
-    files = [file for output in OUTPUTS for file in sorted([project / output, *(project / output).rglob("*")])]
-    return {
-        str(file.relative_to(project)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file()
-    }
+    made = ("models/gpt2/", "metrics/train.csv", "metrics/valid.csv")
+    return {name: digest for name, digest in faults.digests(project).items() if name.startswith(made)}
 
 
 def train_here(monkeypatch, project: Path, *arguments: str) -> int:
@@ -123,3 +121,126 @@ def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, name):
             assert stops < 30
     assert stops >= 4
     assert digests(project) == expected
+
+
+def stop_at(monkeypatch, project: Path, step: int, *arguments: str) -> None:
+    """Trains until SIGTERM after a step, with a checkpoint at every second one before."""
+    with monkeypatch.context() as patch:
+        signal_when(patch, "on_train_batch_end", lambda trainer, *_: trainer.global_step == step)
+        every = ("--runtime.checkpoint_every_n_steps", "2")
+        assert train_here(patch, project, *SETTINGS["epochs"], *every, *arguments) == 128 + signal.SIGTERM
+
+
+def start_training(project: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stages.train", *SETTINGS["epochs"]],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_damaged_checkpoints_are_passed_over(project, uninterrupted, monkeypatch, capsys):
+    for kind in faults.DAMAGES:
+        shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
+        stop_at(monkeypatch, project, 6)
+        assert faults.damage_newest(project, kind)
+        capsys.readouterr()
+        assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
+        printed = capsys.readouterr()
+        assert "step-000000006.ckpt is passed over" in printed.err, kind
+        assert "going on from" in printed.out and "step-000000004.ckpt" in printed.out, kind
+        assert not (project / "hostile").exists(), f"{kind}: it was run"
+        assert digests(project) == uninterrupted("epochs"), kind
+
+
+def test_only_its_own_run_takes_a_checkpoint(project, monkeypatch, capsys):
+    stop_at(monkeypatch, project, 4)
+    first = next((project / "models/checkpoints").glob("*/"))
+    capsys.readouterr()
+    stop_at(monkeypatch, project, 2, "--optimizer.lr", "1e-3")
+    assert "going on" not in capsys.readouterr().out
+    # Another run's file in its place is refused too.
+    (second,) = set((project / "models/checkpoints").glob("*/")) - {first}
+    shutil.copy(first / "step-000000004.ckpt", second)
+    stop_at(monkeypatch, project, 3, "--optimizer.lr", "1e-3")
+    assert "another run" in (printed := capsys.readouterr()).err and "step-000000002" in printed.out
+    # Runtime settings are no part of what a run is.
+    stop_at(monkeypatch, project, 5, "--runtime.num_workers", "1", "--runtime.log_every_n_steps", "3")
+    assert f"{first.name}/step-000000004" in capsys.readouterr().out
+
+    monkeypatch.setattr("sys.argv", ["checkpoints"])
+    checkpoints.main()
+    listed = capsys.readouterr().out
+    assert f"{first.name}: step 5" in listed and second.name in listed
+    monkeypatch.setattr("sys.argv", ["checkpoints", "--clean"])
+    checkpoints.main()
+    assert not list((project / "models/checkpoints").glob("*/"))
+
+
+def test_full_disk(project, uninterrupted, monkeypatch):
+    stop_at(monkeypatch, project, 4)
+    before = faults.checkpoint_files(project)
+    assert faults.train_on_a_full_disk(project, *SETTINGS["epochs"], "--runtime.checkpoint_every_n_steps", "1")
+    assert faults.checkpoint_files(project) == before
+    assert not list(project.glob("models/checkpoints/*/.*.tmp"))
+    assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
+    assert digests(project) == uninterrupted("epochs")
+
+
+def test_loss_not_finite(project, monkeypatch, capsys):
+    arguments = [
+        "--optimizer.lr",
+        "1e30",
+        "--trainer.gradient_clip_val",
+        "null",
+        "--runtime.checkpoint_every_n_steps",
+        "1",
+    ]
+    for _ in range(2):  # the next run goes on from the last good checkpoint, to the same end
+        with pytest.raises(UserError, match="not a finite number at step 2: lower optimizer.lr"):
+            train_here(monkeypatch, project, *SETTINGS["epochs"], *arguments)
+        assert [file.name for file in faults.checkpoint_files(project)] == ["step-000000001.ckpt"]
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_killed_before_dvc_records_it(project, uninterrupted, monkeypatch, capsys):
+    """SIGKILL once training has ended: the next run has only to export."""
+    shutil.rmtree(project / "models/gpt2")
+    process = start_training(project)
+    while not list(project.glob("models/checkpoints/*/final.ckpt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
+    assert "final.ckpt" in capsys.readouterr().out
+    assert digests(project) == uninterrupted("epochs")
+
+
+def test_two_trainings_at_once(project, uninterrupted):
+    """The second waits for the first, and has then only to export; meanwhile nothing is cleaned."""
+    shutil.rmtree(project / "models/gpt2")
+    both = [start_training(project), start_training(project)]
+    printed = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert "is training in this folder: waiting" in "".join(errors for _, errors in printed)
+    assert digests(project) == uninterrupted("epochs")
+
+
+def test_clean_leaves_a_training_at_work(project, monkeypatch):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "from stages.checkpoints import *; lock = training_lock(); print(flush=True); input()"],
+        cwd=project,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    monkeypatch.chdir(project)
+    monkeypatch.setattr("sys.argv", ["checkpoints", "--clean"])
+    with pytest.raises(UserError, match=f"process {holder.pid} is training"):
+        checkpoints.main()
+    holder.kill()
+    holder.communicate()
+    checkpoints.main()
