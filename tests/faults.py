@@ -30,7 +30,7 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import SMALL, copy_checkout, sample_lines, set_params
+from conftest import SMALL, copy_checkout, run, sample_lines, set_params
 
 CHAIN = 5
 # Training is where most is at stake, so it is drawn as often as three others together.
@@ -66,6 +66,8 @@ def main() -> int:
             set_params(fresh, f"data.{split}_file=data/{split}.txt")
         set_params(fresh, *SMALL, *TRAINING)
         (fresh / "dvc.lock").unlink(missing_ok=True)
+        run("git", "add", "-A", cwd=fresh)
+        run("git", "commit", "-qm", "fresh", cwd=fresh)
         whole = Path(folder, "whole")
         shutil.copytree(fresh, whole)
         seconds = undisturbed(whole)
