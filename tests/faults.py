@@ -16,7 +16,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -201,16 +200,26 @@ def checkpoint_files(project: Path) -> list[Path]:
     return sorted((project / "models/checkpoints").glob("*/*.ckpt"))
 
 
+# From the first checkpoint on, no file can grow to the size of one: a full disk that needs no root.
+FULL_DISK = """
+import resource
+from stages import checkpoints, settings, train
+
+save = checkpoints.AtomicCheckpointIO.save_checkpoint
+
+def save_on_a_full_disk(*arguments, **more):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(*arguments, **more)
+
+checkpoints.AtomicCheckpointIO.save_checkpoint = save_on_a_full_disk
+settings.run(train.main)
+"""
+
+
 def train_on_a_full_disk(project: Path, *arguments: str) -> bool:
-    """Runs the train stage where no file can grow to the size of a checkpoint; whether it failed as it should."""
-    limit = 100_000
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.train", *arguments],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    """Runs the train stage where no checkpoint can be written; whether it came to write one."""
+    command = [sys.executable, "-c", FULL_DISK, *arguments]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
     if done.returncode == 0:
         return False  # it had only to export what was trained
     assert done.returncode == 1 and "can't be written" in done.stderr, done.stderr
