@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -206,14 +208,10 @@ def copy(ready, tmp_path) -> Path:
 
 def outputs(project: Path) -> dict[str, str]:
     """The hash of every output in dvc.lock, but for metrics/run.json, whose figures differ between two runs."""
-    import yaml
-
     stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"].values()
     return {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"] != "metrics/run.json"}
 
 
 def stages_run(done: subprocess.CompletedProcess) -> list[str]:
     """The stages whose commands a `dvc repro` ran."""
-    import re
-
     return re.findall(r"^Running stage '(\w+)'", done.stdout, re.M)

@@ -17,6 +17,7 @@ from stages.tokenize_blocks import write_blocks
 TITLES = {
     "Training and validation loss": ("tokens seen", "loss (nats a token)"),
     "Learning rate": ("tokens seen", "learning rate"),
+    "Validation loss": ("tokens seen", "loss (nats a token)"),
     "Test loss by position in the block (how much context helps)": (
         "position in the block (tokens of context)",
         "loss (nats a token)",
@@ -68,11 +69,12 @@ def test_plots_between_two_commits(two_commits, browser):
     page = Path(run("dvc", "plots", "diff", "HEAD~1", "HEAD", cwd=two_commits).stdout.strip().removeprefix("file://"))
     plots = drawn(browser, page)
     assert {title: tuple(plot["axes"]) for title, plot in plots.items()} == TITLES
-    loss, rate, position, document = (plots[title] for title in TITLES)
+    loss, rate, valid, position, document = (plots[title] for title in TITLES)
     files = ["train.csv::train_loss", "valid.csv::valid_loss"]
     assert loss["legend"] == ["HEAD~1", "HEAD", *files]
     assert loss["lines"] == [rows(two_commits, rev, name) for rev in ("HEAD~1", "HEAD") for name in ("train", "valid")]
-    for plot, name in ((rate, "train"), (position, "loss_by_position"), (document, "loss_by_document")):
+    singles = {"train": rate, "valid": valid, "loss_by_position": position, "loss_by_document": document}
+    for name, plot in singles.items():
         assert plot["legend"] == ["HEAD~1", "HEAD"]
         assert plot["lines"] == [rows(two_commits, rev, name) for rev in ("HEAD~1", "HEAD")]
     errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -88,7 +90,7 @@ def test_plots_of_the_workspace_and_of_a_fresh_clone(two_commits, browser, tmp_p
         done = run("dvc", *command, cwd=clone)
         assert "failed" not in done.stdout + done.stderr
     plots = drawn(browser, clone / "dvc_plots/index.html")
-    assert {title: len(plot["lines"]) for title, plot in plots.items()} == dict(zip(TITLES, (2, 1, 1, 1)))
+    assert {title: len(plot["lines"]) for title, plot in plots.items()} == dict(zip(TITLES, (2, 1, 1, 1, 1)))
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
