@@ -46,7 +46,6 @@ GPT2 = {
     "model.block_size": 1024,
     "optimizer.lr": 6e-4,
     "trainer.precision": "bf16-mixed",
-    "trainer.max_epochs": 100,
     "trainer.val_check_interval": 1.0,
 }
 SHAPES = {
@@ -74,7 +73,7 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
     for shape in shapes:
         with project(shape) as (folder, params):
             print(f"training, {shape}:", flush=True)
-            params["trainer"] |= TURNS
+            params["trainer"] |= TURNS | {"max_epochs": 100}  # it must not end before the last round
             write_params(folder, params)
             names = ["transformers_eager", "transformers_compiled", "compact_eager", "compact_compiled"]
             bare = [contender(name, folder) for name in ("own_step", *names, "transformers_trainer")]
@@ -82,9 +81,9 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
             if not CUDA and params["trainer"]["precision"] == "32-true":
                 products.append(contender("onednn_matrix_product", folder))
             stage = Contender("train stage", "stages.train", cwd=folder)
-            rates = interleave([stage, *bare, *products], rounds, seconds, 4)
+            rates, note = interleave([stage, *bare, *products], rounds, seconds, 4)
             command = f"python -m benchmarks.run training --shapes '[{shape}]' --rounds {rounds} --seconds {seconds:g}"
-            record(f"Training, {shape}", command, training_tables(params, folder, rates))
+            record(f"Training, {shape}", command, training_tables(params, folder, rates) + f"\n\n{note}")
 
 
 def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
@@ -206,13 +205,17 @@ def evaluation(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0
         with project(shape) as (folder, params):
             print(f"evaluation, {shape}:", flush=True)
             names = ("evaluate_stage", "forward_eager", "forward_compiled")
-            rates = interleave([contender(name, folder) for name in names], rounds, seconds, 3)
+            rates, note = interleave([contender(name, folder) for name in names], rounds, seconds, 3)
             tokens = params["optimizer"]["batch_size"] * params["model"]["block_size"]
             command = (
                 f"python -m benchmarks.run evaluation --shapes '[{shape}]' --rounds {rounds} --seconds {seconds:g}"
             )
             bars = [["evaluate stage / bare eager forward loop", ratio_of(rates, names[0], names[1]), 0.95]]
-            record(f"Evaluation, {shape}", command, f"{rates_table(rates, tokens, 'tokens/s')}\n\n{bars_table(bars)}")
+            record(
+                f"Evaluation, {shape}",
+                command,
+                f"{rates_table(rates, tokens, 'tokens/s')}\n\n{bars_table(bars)}\n\n{note}",
+            )
 
 
 def tokenizing(rounds: int = 5, megabytes: int = 32) -> None:
@@ -227,12 +230,16 @@ def tokenizing(rounds: int = 5, megabytes: int = 32) -> None:
         command = f"python -m benchmarks.run tokenizing --rounds {rounds} --megabytes {megabytes}"
         size = (folder / "text/train.txt").stat().st_size / 1e6
         names = ("tokenize_stage", "encode_batch", "encode_batch_fast")
-        rates = interleave([contender(name, folder) for name in names], rounds, 0)
+        rates, note = interleave([contender(name, folder) for name in names], rounds, 0)
         bars = bars_table([["tokenize_blocks stage / encode_batch", ratio_of(rates, names[0], names[1]), 0.9]])
-        record("Tokenizing", command, f"{size:,.0f} MB of text.\n\n{rates_table(rates, size, 'MB/s')}\n\n{bars}")
+        record(
+            "Tokenizing", command, f"{size:,.0f} MB of text.\n\n{rates_table(rates, size, 'MB/s')}\n\n{bars}\n\n{note}"
+        )
         names = ("train_tokenizer_stage", "bare_tokenizer_trainer")
-        rates = interleave([contender(name, folder) for name in names], rounds, 0)
-        record("Training a tokenizer", command, f"{size:,.0f} MB of text.\n\n{rates_table(rates, size, 'MB/s')}")
+        rates, note = interleave([contender(name, folder) for name in names], rounds, 0)
+        record(
+            "Training a tokenizer", command, f"{size:,.0f} MB of text.\n\n{rates_table(rates, size, 'MB/s')}\n\n{note}"
+        )
 
 
 def pipeline(rounds: int = 5) -> None:
@@ -329,7 +336,7 @@ def growth(megabytes: list[int] = [4, 16, 64, 256]) -> None:  # noqa: B006
 
 
 def all_sections(rounds: int = 5) -> None:
-    """Every section, in about half an hour on two cores.
+    """Every section.
 
     Args:
         rounds: turns of each contender.
