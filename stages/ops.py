@@ -13,7 +13,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 
 # Logits are made for so many bytes' worth of tokens at a time: a piece that fits the cache is read and
 # written several times without going to memory. On a GPU pieces only keep the peak memory low.
-LOGITS_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+LOGITS_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,12 +88,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        x, weight = autocast(x), autocast(weight)
         for rows in pieces(x, weight):
             x_part, targets_part = x[rows], targets[rows, None]
             log_probabilities = product(x_part, weight).float().log_softmax(1)
             total -= log_probabilities.gather(1, targets_part).sum()
             grad_logits = log_probabilities.exp_()
             grad_logits.scatter_add_(1, targets_part, -torch.ones_like(targets_part, dtype=grad_logits.dtype))
+            grad_logits = grad_logits.to(x.dtype)
             grad_x[rows] = product(grad_logits, weight.t())
             grad_weight += product(grad_logits.t(), x_part.t())
         ctx.save_for_backward(grad_x, grad_weight)
@@ -120,6 +122,12 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
             for rows in pieces(x, weight)
         ]
     )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """What autocast would make of it for every piece anew."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def pieces(x: Tensor, weight: Tensor) -> list[slice]:

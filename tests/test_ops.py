@@ -1,10 +1,12 @@
 """The fast operations against torch.nn.functional in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from stages import ops
+from stages import gpt2, ops
 
 
 def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
@@ -52,3 +54,22 @@ def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch
     assert relative_error(weight.grad, exact[1].grad) < 1e-6
     with torch.no_grad():
         assert relative_error(ops.token_cross_entropy(x, weight, targets), expected) < 1e-6
+
+
+@pytest.mark.parametrize("block_size", [24, gpt2.WHOLE_ATTENTION + 8])
+def test_bf16_on_a_cpu(block_size):
+    """Both ways of attention stay as near to float32 as rounding to bf16 allows."""
+    settings = SimpleNamespace(block_size=block_size, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    torch.manual_seed(1)
+    model = gpt2.new_model(settings, 100, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # away from the uniform distribution of a fresh model
+    tokens = torch.randint(0, 100, (3, block_size + 1))
+    expected = gpt2.loss(model, tokens)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = gpt2.loss(model, tokens)
+    assert measured.item() == pytest.approx(expected.item(), rel=3e-3)
+    for ours, theirs in zip(torch.autograd.grad(measured, list(model.parameters())), gradients):
+        assert relative_error(ours, theirs.double()) < 0.05
