@@ -16,7 +16,7 @@ import types
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -232,34 +232,6 @@ def test_every_block_names_its_language(page):
 # docs/settings.md -------------------------------------------------------------------------------
 
 
-KINDS = {
-    "PositiveInt": "whole number from 1",
-    "NonNegativeInt": "whole number from 0",
-    "SequenceLength": "whole number from 2",
-    "PositiveFloat": "number above 0",
-    "NonNegativeFloat": "number from 0",
-    "ClosedUnitInterval": "number from 0 to 1",
-    "DropoutRate": "number from 0 to below 1",
-    "Probability": "number above 0, up to 1",
-    "str": "text",
-    "bool": "`true`, `false`",
-    "NoneType": "`null`",
-}
-
-
-def values_of(kind) -> str:
-    """The allowed values of a type, as the table has them."""
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(kind))
-    if get_origin(kind) is list:
-        return f"list of {values_of(get_args(kind)[0])}"
-    if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} times {values_of(get_args(kind)[0])}"
-    if isinstance(kind, types.UnionType) or get_args(kind):
-        return ", ".join(values_of(part) for part in get_args(kind))
-    return KINDS[kind.__name__]
-
-
 def reruns_of(key: str) -> str:
     """The stages of dvc.yaml that read a setting."""
     group = key.split(".")[0]
@@ -303,7 +275,9 @@ def test_table_says_what_settings_take_and_are():
     for name, group in settings.GROUPS.items():
         for field, kind in get_type_hints(group).items():
             row = documented()[f"{name}.{field}"]
-            assert row["values"] == values_of(kind), f"docs/settings.md: {name}.{field}"
+            assert row["values"] == settings._words(kind).replace(" (try quotes)", ""), (
+                f"docs/settings.md: {name}.{field}"
+            )
             assert row["what it is"] == helps[f"{name}.{field}"].rstrip("."), f"docs/settings.md: {name}.{field}"
 
 
