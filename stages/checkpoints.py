@@ -123,10 +123,11 @@ class Checkpoints(Callback):
         self.validation_due = self.ending = False
         self.received = None
 
-    def newest(self) -> Path | None:
+    def newest(self, trainer) -> Path | None:
         """The newest whole checkpoint of this very run; damaged ones are passed over."""
-        for unfinished in self.folder.glob(".*.tmp"):
-            unfinished.unlink()
+        if trainer.is_global_zero:
+            for unfinished in self.folder.glob(".*.tmp"):
+                unfinished.unlink()
         for path in [*self.folder.glob("final.ckpt"), *sorted(self.folder.glob("step-*.ckpt"), reverse=True)]:
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -137,7 +138,8 @@ class Checkpoints(Callback):
                 return path
             except Exception as error:  # a damaged file can fail in any way
                 why = str(error).strip().split("\n")[0]
-                print(f"note: {path} is passed over: {why}", file=sys.stderr)
+                if trainer.is_global_zero:
+                    print(f"note: {path} is passed over: {why}", file=sys.stderr)
         return None
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
@@ -163,8 +165,20 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer, module) -> None:
         self.started = self.last_saved = time.monotonic()
         self.last_step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # In place of Lightning's handlers: at SIGUSR1 under SLURM they would save a checkpoint of their own.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
+        if trainer.world_size > 1:
+            # Not NCCL's: a process waits here for the others, but not for its GPU.
+            self.group = torch.distributed.new_group(backend="gloo")
+            mine = torch.tensor([trainer.global_step, int(self.identity[:12], 16)])
+            seen = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(seen, mine, group=self.group)
+            if any(not torch.equal(mine, other) for other in seen):
+                raise UserError(
+                    "the processes disagree on settings, data or checkpoint: all machines need the same files, "
+                    "so keep the project on a file system that they share"
+                )
         if self.validation_due:
             self.validation_due = False
             validate(trainer)
@@ -189,8 +203,8 @@ class Checkpoints(Callback):
         """Signals and clocks differ between processes, but all must save at the same step."""
         if trainer.world_size == 1:
             return self.received or 0, elapsed
-        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX, group=self.group)
         received, elapsed = seen.tolist()
         return int(received), elapsed
 
@@ -223,31 +237,35 @@ class Checkpoints(Callback):
         self.validated_step = trainer.global_step
         if module.valid_loss < self.best_loss:
             self.best_loss, self.best_step = module.valid_loss, trainer.global_step
-            weights = trainer.strategy.lightning_module_state_dict()
-            if trainer.is_global_zero:
-                del weights["model.lm_head.weight"]  # tied to the embeddings
-                self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+            self.keep_weights(trainer)
         self.validation_seconds += time.monotonic() - self.validation_started
+
+    def keep_weights(self, trainer) -> None:
+        weights = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            del weights["model.lm_head.weight"]  # tied to the embeddings
+            self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
 
     def on_train_end(self, trainer, module) -> None:
         self.ending = True
         if self.validated_step != trainer.global_step and trainer.enable_validation:
             validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
+        if self.best_step is None:  # without validation, the last weights are the best known
+            self.keep_weights(trainer)
         self.steps = trainer.global_step
         trainer.save_checkpoint(self.final)
         self.seconds += time.monotonic() - self.started
 
-    def load_final(self, module, history: Callback) -> None:
+    def load_final(self, history: Callback) -> None:
         """The state at the end of a run that DVC has not recorded."""
         checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
-        module.load_state_dict(checkpoint["state_dict"])
         for callback in (self, history):
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
-    def load_best(self, module) -> None:
-        """Puts the weights with the best validation loss into the model; without validation, it keeps the last."""
-        if self.best_step is not None:
-            module.load_state_dict(self.best_weights, strict=False)
+    def export(self, model, folder: Path) -> None:
+        """Writes a Hugging Face folder with the weights of the best validation loss."""
+        weights = {name.removeprefix("model."): weight for name, weight in self.best_weights.items()}
+        model.save_pretrained(folder, state_dict=weights)
 
 
 def validate(trainer) -> None:

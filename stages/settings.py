@@ -58,6 +58,10 @@ class UserError(Exception):
     """A mistake in the user's input; its text is the one line that the user reads."""
 
 
+class OneProcessError(UserError):
+    """A mistake that only one of the processes that train together has seen."""
+
+
 @dataclass
 class Data:
     """Text files and how they split into documents.
@@ -323,7 +327,10 @@ def run(main) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {' '.join(str(error).splitlines())}")
+        # Processes that train together find the same mistake: one on each machine says it.
+        first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+        text = " ".join(str(error).splitlines())
+        sys.exit(f"error: {text}" if first or isinstance(error, OneProcessError) else 1)
     except BrokenPipeError:
         os._exit(1)
     except OSError as error:

@@ -26,7 +26,8 @@ import transformers
 from dvclive.lightning import DVCLiveLogger
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.strategies import FSDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -37,7 +38,7 @@ from stages.atomic import new_folder, write_text
 from stages.blocks import Split, load_split, load_tokenizer
 from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
 from stages.model_card import model_card, valid_figures
-from stages.settings import UserError, first_reason, load, make_parser, run
+from stages.settings import OneProcessError, UserError, first_reason, load, make_parser, run
 
 TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/gpt2")
@@ -89,12 +90,9 @@ def main() -> None:
     try:
         trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])
         module.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in trainer.callbacks)
-        if batch_size % trainer.world_size:
-            raise UserError(
-                f"optimizer.batch_size: {batch_size} can't be shared evenly by {trainer.world_size} processes"
-            )
+        check_processes(trainer, settings.optimizer)
         checkpoints.lock = training_lock() if trainer.is_global_zero else None
-        resume = checkpoints.newest()
+        resume = checkpoints.newest(trainer)
         trainer.loggers = make_loggers(identity, resume)
         parameters = sum(p.numel() for p in model.parameters())
         if trainer.is_global_zero:
@@ -102,22 +100,36 @@ def main() -> None:
             if resume:
                 print(f"going on from {resume}", flush=True)
         if resume == checkpoints.final:
-            checkpoints.load_final(module, history)
+            checkpoints.load_final(history)
         else:
             blocks = Blocks(train_split, valid_split, T, batch_size, settings)
             trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+    except RuntimeError as error:
+        # Gloo says it in a plain RuntimeError; a process that waits in NCCL is ended by its launcher.
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        if trainer.global_rank:
+            sys.exit(1)
+        if trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(signal.SIGKILL)
+        why = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"one of the {trainer.world_size} processes of this training has ended, or can't be reached ({why}): "
+            "`dvc repro` goes on from the last checkpoint"
+        ) from None
     except Interrupted as error:
+        if trainer.global_rank:
+            sys.exit(0)  # all have stopped together, and Lightning would kill the first one for another's failure
         print(f"stopped by {error.signal.name} at step {trainer.global_step:,}: `dvc repro` goes on", file=sys.stderr)
         sys.exit(128 + error.signal)
     except SIGTERMException:  # Lightning's own, before the first step
         sys.exit(128 + signal.SIGTERM)
 
     if trainer.is_global_zero:
-        checkpoints.load_best(module)
         with new_folder(MODEL) as folder:
-            model.save_pretrained(folder)
+            checkpoints.export(model, folder)
             for file in sorted(TOKENIZER.iterdir()):
                 shutil.copy(file, folder / file.name)
             best = checkpoints.best_step, checkpoints.best_loss
@@ -157,6 +169,32 @@ def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
         raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
 
 
+def check_processes(trainer: pl.Trainer, optimizer) -> None:
+    """Raises UserError when the settings don't fit each other or the processes that were started."""
+    strategy, processes = trainer.strategy, trainer.num_devices * trainer.num_nodes
+    environment = trainer._accelerator_connector.cluster_environment
+    if environment.creates_processes_externally and environment.world_size() != processes:
+        raise UserError(
+            f"trainer.devices {trainer.num_devices} on trainer.num_nodes {trainer.num_nodes} are {processes} "
+            f"processes, but {environment.world_size()} were started: make them equal"
+        )
+    if optimizer.batch_size % processes:
+        raise UserError(f"optimizer.batch_size: {optimizer.batch_size} can't be shared evenly by {processes} processes")
+    # What is spawned hands its state back to nobody, and of others nothing is known.
+    spawned = isinstance(strategy.launcher, _MultiProcessingLauncher)
+    if spawned or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy):
+        raise UserError(
+            f"trainer.strategy: {type(strategy).__name__} of this kind can't be used: set auto, ddp or fsdp"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        if optimizer.name == "muon":
+            raise UserError(
+                "optimizer.name: muon needs whole matrices, and fsdp splits them: set adamw, or strategy ddp"
+            )
+        if strategy._state_dict_type != "full":
+            raise UserError("trainer.strategy: state_dict_type must be full: checkpoints are files")
+
+
 def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
     """TensorBoard's and DVCLive's, for a run that starts or goes on from a checkpoint."""
     step = resume.stem.removeprefix("step-") if resume else "0"
@@ -176,6 +214,8 @@ class LanguageModel(pl.LightningModule):
         self.model = model
         self.settings = settings
         self.loss_is_monitored = False
+        # FSDP leaves flat parts of them later.
+        self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
         self.valid_nll = self.valid_tokens = 0.0
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -186,7 +226,7 @@ class LanguageModel(pl.LightningModule):
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
         loss = gpt2.loss(self.model, batch)
         if self.loss_is_monitored:  # takes a millisecond, and the loggers don't need it
-            self.log("loss", loss.detach(), logger=False)
+            self.log("loss", loss.detach(), sync_dist=True, logger=False)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -194,8 +234,9 @@ class LanguageModel(pl.LightningModule):
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         nll = gpt2.token_losses(self.model, batch)
-        self.valid_nll += nll.double().sum()
-        self.valid_tokens += nll.numel()
+        if batch_idx < self.trainer.datamodule.valid_batches:
+            self.valid_nll += nll.double().sum()
+            self.valid_tokens += nll.numel()
 
     def on_validation_epoch_end(self) -> None:
         sums = torch.stack(
@@ -205,13 +246,14 @@ class LanguageModel(pl.LightningModule):
         loss = nll / tokens
         # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
         self.valid_loss = loss
-        self.log("valid_loss", loss, rank_zero_only=False, logger=False)
-        self.log("valid_ppl", math.exp(min(loss, 700.0)), logger=False)
+        self.log("valid_loss", loss, sync_dist=True, logger=False)
+        self.log("valid_ppl", math.exp(min(loss, 700.0)), sync_dist=True, logger=False)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings.optimizer
-        matrices = [p for p in self.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in self.parameters() if p.requires_grad and p.ndim < 2]
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in trained if name in self.matrix_names]
+        vectors = [p for name, p in trained if name not in self.matrix_names]
         adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": True}
         no_decay = {"params": vectors, "weight_decay": 0.0}
         if settings.name == "muon":
@@ -240,6 +282,12 @@ class LanguageModel(pl.LightningModule):
             )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm != "value":
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning itself can't
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 def lr_factor(step: int, total: float, settings) -> float:
@@ -287,7 +335,7 @@ class BlockDataset(Dataset):
         T, tokens = self.T, self.split.tokens
         batch = np.stack([tokens[i * T : i * T + T + 1] for i in blocks]).astype(np.int64)
         if batch.max() >= self.split.vocab_size:
-            raise UserError(
+            raise OneProcessError(
                 f"data/blocks/{self.split.name}.npy: token id {batch.max()} is outside the vocabulary of "
                 f"{self.split.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
             )
@@ -343,7 +391,11 @@ class Blocks(pl.LightningDataModule):
         whole = (len(self.valid.tokens) - 1) // self.T
         last = [[whole]] if (len(self.valid.tokens) - 1) % self.T else []
         batches = [list(range(i, min(i + self.batch_size, whole))) for i in range(0, whole, self.batch_size)] + last
-        return self.loader(self.valid, batches[self.trainer.global_rank :: self.trainer.world_size])
+        share = batches[self.trainer.global_rank :: self.trainer.world_size]
+        self.valid_batches = len(share)
+        # Under FSDP all must do as many passes: who has one batch less does another one, uncounted.
+        all_equal = math.ceil(len(batches) / self.trainer.world_size)
+        return self.loader(self.valid, share + batches[: all_equal - len(share)])
 
 
 class History(Callback):
@@ -372,12 +424,13 @@ class History(Callback):
         stepped = (
             batch_idx + 1
         ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
-        # Looking at a loss makes the host wait for a GPU, so there it is done at the points only.
-        if module.device.type == "cpu":
+        # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
+        if module.device.type == "cpu" and trainer.world_size == 1:
             self.check(trainer)
         if stepped and trainer.global_step % self.interval == 0:
+            self.share(trainer)
             self.check(trainer)
-            loss = trainer.strategy.reduce(torch.stack(self.losses).double().mean(), reduce_op="mean").item()
+            loss = torch.stack(self.losses).double().mean().item()
             self.train.append(
                 {
                     "step": trainer.global_step,
@@ -394,10 +447,17 @@ class History(Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         if self.losses:
+            self.share(trainer)
             self.check(trainer)  # a checkpoint made after it would never get past it
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def share(self, trainer) -> None:
+        """Makes the losses the means over all processes, so that all of them, and any number of others, go on alike."""
+        self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
 
     def check(self, trainer) -> None:
-        finite = torch.isfinite(torch.stack(self.losses[-1:] if self.losses[-1].device.type == "cpu" else self.losses))
+        each_step = self.losses[-1].device.type == "cpu" and trainer.world_size == 1
+        finite = torch.isfinite(torch.stack(self.losses[-1:] if each_step else self.losses))
         if not finite.all():
             behind = len(finite) - int(finite.logical_not().nonzero()[0]) - 1
             step = trainer.global_step - behind // trainer.accumulate_grad_batches
