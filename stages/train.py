@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -114,7 +115,7 @@ def main() -> None:
             sys.exit(1)
         if trainer.strategy.launcher:
             trainer.strategy.launcher.kill(signal.SIGKILL)
-        why = str(error).strip().split("\n")[0]
+        why = re.sub(r"^\[.*?\] ", "", str(error).strip().split("\n")[0]).split(". ")[0]
         raise UserError(
             f"one of the {trainer.world_size} processes of this training has ended, or can't be reached ({why}): "
             "`dvc repro` goes on from the last checkpoint"
