@@ -510,7 +510,9 @@ HEAD = """\
 `make bench` writes this page; a section can be measured alone, by the command under its title. Every number is
 a median, with the smallest and largest of all rounds in brackets. In a round each contender has one turn, and
 computes alone; a ratio is the median of the rounds' ratios, so a machine that gets slower or faster during the
-run moves both sides. Numbers of different sections were not measured at the same time: don't compare them.
+run moves both sides. A turn in which other processes used more than a twentieth of the CPU is done again, at
+most twice; each section says how much of that is left. Numbers of different sections were not measured at the
+same time: don't compare them.
 
 Training tokens per second are steady-state: start-up and compiling come before the first round. The
 validation that only the train stage does is not counted; its logging, progress line and the saving of
