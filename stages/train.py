@@ -255,7 +255,8 @@ class LanguageModel(pl.LightningModule):
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         matrices = [p for name, p in trained if name in self.matrix_names]
         vectors = [p for name, p in trained if name not in self.matrix_names]
-        adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": True}
+        # With fp16 the fused step would unscale the gradients itself, after they were clipped.
+        adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": self.trainer.precision != "16-mixed"}
         no_decay = {"params": vectors, "weight_decay": 0.0}
         if settings.name == "muon":
             hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
@@ -271,6 +272,8 @@ class LanguageModel(pl.LightningModule):
                 [{"params": matrices, "weight_decay": settings.weight_decay}, no_decay], **adamw
             )
         # Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself.
+        optimizer._step_supports_amp_scaling = False
+        # Else Lightning refuses to clip fused AdamW's gradients with bf16 too, where nothing is scaled.
         optimizer._step_supports_amp_scaling = False
         total = settings.num_training_steps or self.trainer.estimated_stepping_batches
         if settings.num_warmup_steps >= total:
