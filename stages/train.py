@@ -273,8 +273,6 @@ class LanguageModel(pl.LightningModule):
             )
         # Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself.
         optimizer._step_supports_amp_scaling = False
-        # Else Lightning refuses to clip fused AdamW's gradients with bf16 too, where nothing is scaled.
-        optimizer._step_supports_amp_scaling = False
         total = settings.num_training_steps or self.trainer.estimated_stepping_batches
         if settings.num_warmup_steps >= total:
             raise UserError(
