@@ -60,7 +60,8 @@ EARLY_STOPPING = (
 SETTINGS = {
     "epochs": [*SHORT],
     "steps": [*SHORT, "--trainer.max_epochs", "null", "--trainer.max_steps", "12", "--optimizer.schedule", "linear"],
-    "accumulate": [*SHORT, "--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "1.0"],
+    "accumulate": [*SHORT, "--trainer.precision", "bf16-mixed",
+                "--trainer.accumulate_grad_batches", "3", "--trainer.val_check_interval", "1.0"],
     "dropout": [*SHORT, "--model.dropout", "0.2", "--optimizer.name", "muon",
                 "--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "5"],
     "early": [*SHORT, "--trainer.max_epochs", "5", f"--trainer.callbacks={EARLY_STOPPING}"],
