@@ -120,7 +120,6 @@ class Checkpoints(Callback):
         self.best_loss, self.best_step, self.best_weights, self.validated_step = math.inf, None, None, None
         self.steps = 0
         self.seconds = self.validation_seconds = 0.0
-        self.validation_due = self.ending = False
         self.received = None
 
     def newest(self, trainer) -> Path | None:
@@ -154,7 +153,6 @@ class Checkpoints(Callback):
             "best_weights": self.best_weights,
             "validated_step": self.validated_step,
             "steps": self.steps,
-            "validation_due": self.validation_due,
             "seconds": self.seconds + time.monotonic() - self.started,
             "validation_seconds": self.validation_seconds,
         }
@@ -166,6 +164,9 @@ class Checkpoints(Callback):
         self.started = self.last_saved = time.monotonic()
         self.last_step = trainer.global_step
         # In place of Lightning's handlers: at SIGUSR1 under SLURM they would save a checkpoint of their own.
+        # Lightning had counted the batch that was about to begin; it begins again.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        batches.ready = batches.started = batches.completed
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
         if trainer.world_size > 1:
@@ -179,9 +180,6 @@ class Checkpoints(Callback):
                     "the processes disagree on settings, data or checkpoint: all machines need the same files, "
                     "so keep the project on a file system that they share"
                 )
-        if self.validation_due:
-            self.validation_due = False
-            validate(trainer)
 
     def receive(self, number: int, frame) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -221,16 +219,6 @@ class Checkpoints(Callback):
     def on_validation_start(self, trainer, module) -> None:
         self.validation_started = time.monotonic()
 
-    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
-        # A long validation must not outlast the time that a cluster leaves between SIGTERM and
-        # SIGKILL: it is broken off here, and done from its start when the run goes on.
-        # After the last step, Lightning could not take it up again, so there it is done to its end.
-        ends = trainer.sanity_checking or self.ending or trainer.global_step == trainer.max_steps
-        if self.received and trainer.world_size == 1 and not ends:
-            self.validation_due = True
-            self.save(trainer)
-            raise Interrupted(self.received)
-
     def on_validation_end(self, trainer, module) -> None:
         if trainer.sanity_checking:
             return
@@ -247,7 +235,6 @@ class Checkpoints(Callback):
             self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
 
     def on_train_end(self, trainer, module) -> None:
-        self.ending = True
         if self.validated_step != trainer.global_step and trainer.enable_validation:
             validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
         if self.best_step is None:  # without validation, the last weights are the best known

@@ -109,21 +109,6 @@ def test_stopped_at_every_step(project, uninterrupted, monkeypatch, name):
     assert digests(project) == expected
 
 
-@pytest.mark.parametrize("name", ["epochs", "steps", "early"])
-def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, name):
-    expected, stops = uninterrupted(name), 0
-    shutil.rmtree(project / "models/gpt2")
-    while True:
-        with monkeypatch.context() as patch:
-            signal_when(patch, "on_validation_batch_end", lambda trainer, *_: True)
-            if train_here(patch, project, *SETTINGS[name]) == 0:
-                break
-            stops += 1
-            assert stops < 30
-    assert stops >= 4
-    assert digests(project) == expected
-
-
 def stop_at(monkeypatch, project: Path, step: int, *arguments: str) -> None:
     """Trains until SIGTERM after a step, with a checkpoint at every second one before."""
     with monkeypatch.context() as patch:
