@@ -90,11 +90,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         x, weight = autocast(x), autocast(weight)
         for rows in pieces(x, weight):
-            x_part, targets_part = x[rows], targets[rows, None]
+            x_part, targets_part = x[rows], targets[rows]
             log_probabilities = product(x_part, weight).float().log_softmax(1)
-            total -= log_probabilities.gather(1, targets_part).sum()
+            total -= log_probabilities.gather(1, targets_part[:, None]).sum()
             grad_logits = log_probabilities.exp_()
-            grad_logits.scatter_add_(1, targets_part, -torch.ones_like(targets_part, dtype=grad_logits.dtype))
+            grad_logits[torch.arange(len(x_part), device=x.device), targets_part] -= 1
             grad_logits = grad_logits.to(x.dtype)
             grad_x[rows] = product(grad_logits, weight.t())
             grad_weight += product(grad_logits.t(), x_part.t())

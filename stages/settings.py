@@ -109,6 +109,7 @@ class Model:
         n_head: attention heads a block; n_embd must be divisible by it.
         n_embd: width of the embeddings.
         dropout: dropout rate of embeddings, attention and residuals.
+        compile: torch.compile the training step (needs a C++ compiler on a CPU).
     """
 
     from_pretrained: str | None
@@ -117,6 +118,7 @@ class Model:
     n_head: Count
     n_embd: Count
     dropout: Rate
+    compile: bool
 
 
 @dataclass

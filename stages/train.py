@@ -90,6 +90,8 @@ def main() -> None:
     module = LanguageModel(model, settings)
     try:
         trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])
+        if settings.model.compile and trainer.strategy.root_device.type == "cpu" and not shutil.which("g++"):
+            raise UserError("model.compile: true needs the C++ compiler g++ on a CPU: install it, or set it to false")
         module.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in trainer.callbacks)
         check_processes(trainer, settings.optimizer)
         checkpoints.lock = training_lock() if trainer.is_global_zero else None
@@ -215,6 +217,7 @@ class LanguageModel(pl.LightningModule):
         self.model = model
         self.settings = settings
         self.loss_is_monitored = False
+        self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
         # FSDP leaves flat parts of them later.
         self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
         self.valid_nll = self.valid_tokens = 0.0
@@ -225,7 +228,7 @@ class LanguageModel(pl.LightningModule):
             # Dropout draws from the step's own seed, so that a resumed run draws the same.
             step = self.trainer.fit_loop.epoch_loop.total_batch_idx
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
-        loss = gpt2.loss(self.model, batch)
+        loss = self.loss(self.model, batch)
         if self.loss_is_monitored:  # takes a millisecond, and the loggers don't need it
             self.log("loss", loss.detach(), sync_dist=True, logger=False)
         return loss
