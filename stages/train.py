@@ -234,8 +234,9 @@ class LanguageModel(pl.LightningModule):
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         matrices = [p for name, p in trained if name in self.matrix_names]
         vectors = [p for name, p in trained if name not in self.matrix_names]
+        precision = self.settings.trainer.precision
         # With fp16 the fused step would unscale the gradients itself, after they were clipped.
-        adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": self.trainer.precision != "16-mixed"}
+        adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": str(precision) not in ("16", "16-mixed")}
         no_decay = {"params": vectors, "weight_decay": 0.0}
         if settings.name == "muon":
             hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
