@@ -57,6 +57,10 @@ TYPE_WORDS = {
 class UserError(Exception):
     """A mistake in the user's input; its text is the one line that the user reads."""
 
+    def __init__(self, text: str):
+        # A key or a file name may hold anything, line ends too.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
 
 class OneProcessError(UserError):
     """A mistake that only one of the processes that train together has seen."""

@@ -168,6 +168,11 @@ def check_processes(trainer: pl.Trainer, optimizer) -> None:
             f"trainer.devices {trainer.num_devices} on trainer.num_nodes {trainer.num_nodes} are {processes} "
             f"processes, but {environment.world_size()} were started: make them equal"
         )
+    if trainer.num_nodes > 1 and not environment.creates_processes_externally and "NODE_RANK" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes: {trainer.num_nodes}, but nothing started this stage on each of them: "
+            "start it with torchrun or srun (docs/scale.md), or set it to 1"
+        )
     if optimizer.batch_size % processes:
         raise UserError(f"optimizer.batch_size: {optimizer.batch_size} can't be shared evenly by {processes} processes")
     # What is spawned hands its state back to nobody, and of others nothing is known.
