@@ -6,12 +6,18 @@ and moving a full state to the CPU frees it there, so these two are done here.
 
 import torch
 from pytorch_lightning.strategies import FSDPStrategy, fsdp
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+)
 
 
 def full_state(module, world_size, rank0_only=True):
-    config = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
-    return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, config)
+    stay = {"offload_to_cpu": False, "rank0_only": False}
+    configs = FullStateDictConfig(**stay), FullOptimStateDictConfig(**stay)
+    return FullyShardedDataParallel.state_dict_type(module, StateDictType.FULL_STATE_DICT, *configs)
 
 
 fsdp._get_full_state_dict_context = full_state
