@@ -289,7 +289,8 @@ def small_checkout(folder: Path) -> Path:
     params["model"] |= {"n_layer": 1, "n_head": 1, "n_embd": 16}
     params["trainer"] |= {"max_steps": 60}
     write_params(folder, params)
-    for words in (["init", "-q"], ["add", "-A"]):
+    person = ["-c", "user.name=bench", "-c", "user.email=bench@example.com"]
+    for words in (["init", "-q"], ["add", "-A"], [*person, "commit", "-q", "-m", "bench"]):
         subprocess.run(["git", *words], cwd=folder, check=True)
     return folder
 
