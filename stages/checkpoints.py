@@ -23,6 +23,7 @@ from stages.settings import UserError, run
 
 FOLDER = Path("models/checkpoints")
 KEPT = 2  # when the newest is damaged, the one before it serves
+LONG_VALIDATION_SECONDS = 10  # clusters leave half a minute between SIGTERM and SIGKILL
 
 
 def main() -> None:
@@ -120,6 +121,7 @@ class Checkpoints(Callback):
         self.best_loss, self.best_step, self.best_weights, self.validated_step = math.inf, None, None, None
         self.steps = 0
         self.seconds = self.validation_seconds = 0.0
+        self.last_validation = math.inf  # seconds; how long the first one takes isn't known
         self.received = None
 
     def newest(self, trainer) -> Path | None:
@@ -192,10 +194,23 @@ class Checkpoints(Callback):
         received, elapsed = self.agree(trainer, time.monotonic() - self.last_saved)
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         due = due or self.every_seconds and elapsed >= self.every_seconds
+        due = due or self.long_validation_follows(trainer, batch_idx)
         if (due or received) and trainer.global_step > self.last_step:
             self.save(trainer)
         if received:
             raise Interrupted(received)
+
+    def long_validation_follows(self, trainer, batch_idx: int) -> bool:
+        """Whether the optimizer step that begins is the last one before a validation that takes long.
+
+        In the middle of a validation no checkpoint can be made. With one from a step before, it can be broken off.
+        """
+        interval, epoch_loop = trainer.val_check_batch, trainer.fit_loop.epoch_loop
+        first = batch_idx if trainer.check_val_every_n_epoch else epoch_loop.total_batch_idx
+        last = min(first + trainer.accumulate_grad_batches, first - batch_idx + trainer.num_training_batches)
+        ends = trainer.global_step + 1 >= trainer.estimated_stepping_batches
+        follows = ends or isinstance(interval, int) and last // interval > first // interval
+        return follows and trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
 
     def agree(self, trainer, elapsed: float) -> tuple[int, float]:
         """Signals and clocks differ between processes, but all must save at the same step."""
@@ -219,6 +234,11 @@ class Checkpoints(Callback):
     def on_validation_start(self, trainer, module) -> None:
         self.validation_started = time.monotonic()
 
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        # With several processes it is done to its end: they don't have equally many batches to agree at.
+        if self.received and trainer.world_size == 1 and self.last_step == trainer.global_step - 1:
+            raise Interrupted(self.received)
+
     def on_validation_end(self, trainer, module) -> None:
         if trainer.sanity_checking:
             return
@@ -226,7 +246,8 @@ class Checkpoints(Callback):
         if module.valid_loss < self.best_loss:
             self.best_loss, self.best_step = module.valid_loss, trainer.global_step
             self.keep_weights(trainer)
-        self.validation_seconds += time.monotonic() - self.validation_started
+        self.last_validation = time.monotonic() - self.validation_started
+        self.validation_seconds += self.last_validation
 
     def keep_weights(self, trainer) -> None:
         weights = trainer.strategy.lightning_module_state_dict()

@@ -219,7 +219,7 @@ settings.run(train.main)
 def train_on_a_full_disk(project: Path, *arguments: str) -> bool:
     """Runs the train stage where no checkpoint can be written; whether it came to write one."""
     command = [sys.executable, "-c", FULL_DISK, *arguments]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
     if done.returncode == 0:
         return False  # it had only to export what was trained
     assert done.returncode == 1 and "can't be written" in done.stderr, done.stderr
