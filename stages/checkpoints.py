@@ -236,7 +236,8 @@ class Checkpoints(Callback):
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
         # With several processes it is done to its end: they don't have equally many batches to agree at.
-        if self.received and trainer.world_size == 1 and self.last_step == trainer.global_step - 1:
+        long = trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
+        if self.received and long and self.last_step == trainer.global_step - 1:
             raise Interrupted(self.received)
 
     def on_validation_end(self, trainer, module) -> None:

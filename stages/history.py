@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from stages.atomic import write_text
 from stages.blocks import Split
 from stages.checkpoints import Checkpoints
 from stages.model_card import valid_figures
-from stages.settings import UserError
+from stages.settings import UserError, first_reason
 
 MODEL = Path("models/gpt2")
 METRICS = Path("metrics")
@@ -147,12 +148,12 @@ class Live(Callback):
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
-            dvclive = trainer.loggers[1]
-            for row in self.history.train:
-                metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
-                dvclive.log_metrics(metrics, row["step"], sync=False)
-            for row in self.history.valid:
-                dvclive.log_metrics(valid_metrics(row["valid_loss"]), row["step"], sync=False)
+            for dvclive in trainer.loggers[1:]:
+                for row in self.history.train:
+                    metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
+                    dvclive.log_metrics(metrics, row["step"], sync=False)
+                for row in self.history.valid:
+                    dvclive.log_metrics(valid_metrics(row["valid_loss"]), row["step"], sync=False)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses += outputs["loss"].detach() * trainer.accumulate_grad_batches
@@ -175,13 +176,14 @@ class Live(Callback):
 
     def record(self, trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero:
-            tensorboard, dvclive = trainer.loggers
+            tensorboard, *others = trainer.loggers
             tensorboard.log_metrics(metrics, trainer.global_step)
-            # sync=True would make DVCLive read all its files again, and each time there is more in them.
-            dvclive.log_metrics(metrics, trainer.global_step, sync=False)
-            dvclive.experiment.make_summary()
-            if not (LIVE / "dvc.yaml").exists():
-                write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+            for dvclive in others:
+                # sync=True would make DVCLive read all its files again, and each time there is more in them.
+                dvclive.log_metrics(metrics, trainer.global_step, sync=False)
+                dvclive.experiment.make_summary()
+                if not (LIVE / "dvc.yaml").exists():
+                    write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
 
     def on_validation_start(self, trainer, module) -> None:
         self.validation_started = time.monotonic()
@@ -211,14 +213,20 @@ def valid_metrics(loss: float) -> dict[str, float]:
 
 
 def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
-    """TensorBoard's and DVCLive's, for a run that starts or goes on from a checkpoint."""
+    """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint."""
     step = resume.stem.removeprefix("step-") if resume else "0"
     # TensorBoard hides what was logged after the checkpoint before: it happens again.
     first = int(step) + 1 if step.isdigit() else None
-    return [
-        TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first),
-        DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False),
-    ]
+    tensorboard = TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first)
+    if first is None:
+        return [tensorboard]  # training has ended
+    dvclive = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)
+    try:
+        dvclive.experiment  # noqa: B018 (it opens Git and DVC)
+    except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
+        print(f"note: DVCLive can't follow this training: {first_reason(str(error))}", file=sys.stderr)
+        return [tensorboard]
+    return [tensorboard, dvclive]
 
 
 def write_run_figures(processes: int, checkpoints: Checkpoints, history: History) -> dict:

@@ -157,3 +157,13 @@ def test_in_a_terminal_and_in_a_pipe(project):
     assert max(len(line) for line in re.split(r"[\r\n]+", shown) if line.startswith("training:")) <= 100
     # Each validation's line stands on a line of its own.
     assert re.search(r"[\r\n]step 290: valid_loss [\d.]+, valid_ppl [\d.]+\r\n", shown)
+
+
+def test_git_without_a_commit(project):
+    """DVCLive fails there; the training doesn't."""
+    shutil.rmtree(project / ".git")
+    run("git", "init", "-q", cwd=project)
+    done = run(*TRAIN, "--trainer.max_epochs", "null", "--trainer.max_steps", "4", cwd=project)
+    assert "note: DVCLive can't follow this training: Empty git repo" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(project.glob("logs/*/events*"))  # TensorBoard has it

@@ -250,3 +250,19 @@ def test_id_without_a_network_is_one_line_at_once(tokenizers, tmp_path):
     assert len(err.splitlines()) == 1
     assert err.startswith("error: tokenizer.tokenizer_model: 'someone/else' is neither a folder nor a Hugging Face id")
     assert seconds < 30
+
+
+def test_more_than_65536_entries_take_32_bits(project):
+    tokenizer = AutoTokenizer.from_pretrained(project / "models/tokenizer")
+    tokenizer.add_tokens([f"entry{i}." for i in range(66_000)])
+    tokenizer.save_pretrained(project / "models/tokenizer")
+    text = "In the beginning entry0. was, and entry65999. came to pass.\n"
+    with (project / "data/train.txt").open("a") as file:
+        file.write(text)
+    assert run_stage(project, "tokenize_blocks")[0] == 0
+    tokens = np.load(project / "data/blocks/train.npy")
+    assert tokens.dtype == np.uint32
+    assert tokens.max() == len(tokenizer) - 1 > 65_536
+    assert tokenizer.decode(tokens[-200:].tolist()).endswith(text.removesuffix("\n") + "<|endoftext|>")
+    status, out, errors = run_stage(project, "train", "--trainer.max_epochs", "null", "--trainer.max_steps", "3")
+    assert status == 0, errors
