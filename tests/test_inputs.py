@@ -194,7 +194,7 @@ TEXT = {
         ["data.test_file='$(touch shell-was-run); `touch shell-was-run` | & > x.txt'"],
         r"touch shell-was-run.*no such file",
     ),
-    "name with a line end": ("tokenize_blocks", ['data.test_file="a\\nb"'], r"a b: no such file"),
+    "name with a line end": ("tokenize_blocks", ['data.test_file="a\\nb"'], r"a\\nb: no such file"),
 }
 TOKENIZER = {
     "vocab_size below the bytes": (
