@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
@@ -92,20 +92,7 @@ def own_step(settings) -> None:
 
 
 def transformers_model(settings) -> GPT2LMHeadModel:
-    model = settings.model
-    config = GPT2Config(
-        vocab_size=load_split("train").vocab_size,
-        n_positions=model.block_size,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        n_embd=model.n_embd,
-        resid_pdrop=model.dropout,
-        embd_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config).to(DEVICE).train()
+    return gpt2.new_model(settings.model, load_split("train").vocab_size, 0).to(DEVICE).train()
 
 
 def transformers_loop(settings, compiled: bool, model=None, optimizer=None, schedule=None) -> Iterator[Tensor]:

@@ -165,10 +165,10 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer, module) -> None:
         self.started = self.last_saved = time.monotonic()
         self.last_step = trainer.global_step
-        # In place of Lightning's handlers: at SIGUSR1 under SLURM they would save a checkpoint of their own.
         # Lightning had counted the batch that was about to begin; it begins again.
         batches = trainer.fit_loop.epoch_loop.batch_progress.total
         batches.ready = batches.started = batches.completed
+        # In place of Lightning's handlers: at SIGUSR1 under SLURM they would save a checkpoint of their own.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
         if trainer.world_size > 1:

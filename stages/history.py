@@ -43,7 +43,9 @@ class History(Callback):
         steps = trainer.estimated_stepping_batches
         self.interval = max(1, math.ceil(steps / HISTORY_POINTS)) if math.isfinite(steps) else 100
         self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
-        self.accumulate = trainer.accumulate_grad_batches
+        # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
+        self.each_step = module.device.type == "cpu" and trainer.world_size == 1
+        self.losses = [loss.to(module.device) for loss in self.losses]  # a checkpoint's are on the CPU
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         step = trainer.global_step + 1
@@ -59,8 +61,7 @@ class History(Callback):
         stepped = (
             batch_idx + 1
         ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
-        # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
-        if module.device.type == "cpu" and trainer.world_size == 1:
+        if self.each_step:
             self.check(trainer)
         if stepped and trainer.global_step % self.interval == 0:
             self.share(trainer)
@@ -91,8 +92,7 @@ class History(Callback):
         self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
 
     def check(self, trainer) -> None:
-        each_step = self.losses[-1].device.type == "cpu" and trainer.world_size == 1
-        finite = torch.isfinite(torch.stack(self.losses[-1:] if each_step else self.losses))
+        finite = torch.isfinite(torch.stack(self.losses[-1:] if self.each_step else self.losses))
         if not finite.all():
             behind = len(finite) - int(finite.logical_not().nonzero()[0]) - 1
             step = trainer.global_step - behind // trainer.accumulate_grad_batches

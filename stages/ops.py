@@ -116,6 +116,7 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (N,) float32, nats.
     """
+    x, weight = autocast(x), autocast(weight)
     return torch.cat(
         [
             F.cross_entropy(product(x[rows], weight).float(), targets[rows], reduction="none")

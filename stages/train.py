@@ -31,7 +31,17 @@ from stages import gpt2
 from stages.atomic import new_folder
 from stages.blocks import Split, load_split, load_tokenizer
 from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
-from stages.history import LIVE, METRICS, MODEL, History, Live, make_loggers, print_summary, write_run_figures
+from stages.history import (
+    LIVE,
+    METRICS,
+    MODEL,
+    History,
+    Live,
+    make_loggers,
+    print_summary,
+    valid_metrics,
+    write_run_figures,
+)
 from stages.model_card import model_card
 from stages.settings import OneProcessError, UserError, first_reason, load, make_parser, run
 
@@ -231,8 +241,7 @@ class LanguageModel(pl.LightningModule):
         loss = nll / tokens
         # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
         self.valid_loss = loss
-        self.log("valid_loss", loss, sync_dist=True, logger=False)
-        self.log("valid_ppl", math.exp(min(loss, 700.0)), sync_dist=True, logger=False)
+        self.log_dict(valid_metrics(loss), sync_dist=True, logger=False)
 
     def configure_optimizers(self) -> dict:
         settings = self.settings.optimizer
