@@ -18,7 +18,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArgu
 
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
-from stages import evaluate, gpt2, tokenize_blocks, train_tokenizer
+from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
 from stages.blocks import load_split
 from stages.settings import load, make_parser
 from stages.train import LanguageModel, lr_factor, quiet_libraries
@@ -73,6 +73,7 @@ def take_turns(steps: Iterator) -> None:
 def own_step(settings) -> None:
     """The train stage's own step without Lightning's loop, logging, progress line and checkpoints."""
     quiet_libraries()
+    ops.reuse_memory()
     torch.use_deterministic_algorithms(bool(settings.trainer.deterministic))
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0)
@@ -164,6 +165,7 @@ def plain_curve(settings) -> None:
 
 def evaluate_stage(settings) -> None:
     """The evaluate stage's figures of a split, with a turn's end between two batches."""
+    ops.reuse_memory()
     turns, losses = Turns(), evaluate.token_losses
 
     def in_turns(*arguments):

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stages import gpt2
+from stages import gpt2, ops
 from stages.atomic import write_text
 from stages.blocks import FOLDER, Split, load_split, load_tokenizer
 from stages.generate import continuation
@@ -44,6 +44,7 @@ DOCUMENT_ROWS = 500
 def main() -> None:
     checkpoint, argv = take_option("--model")
     settings = load(make_parser("evaluate", __doc__), argv)
+    ops.reuse_memory()
     if checkpoint is not None:
         model, tokenizer_folder = load_checkpoint(Path(checkpoint))
         with tempfile.TemporaryDirectory() as folder:

@@ -177,7 +177,7 @@ def attention(attn, x: Tensor) -> Tensor:
 def mlp(mlp, x: Tensor) -> Tensor:
     x = conv1d(mlp.c_fc, x)
     # gelu_new is this very function, in one kernel instead of eight.
-    x = F.gelu(x, approximate="tanh") if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
+    x = ops.gelu(x) if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
     return F.dropout(conv1d(mlp.c_proj, x), mlp.dropout.p, mlp.training)
 
 

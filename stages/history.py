@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import dvclive
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -92,6 +93,8 @@ class History(Callback):
         self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
 
     def check(self, trainer) -> None:
+        if self.each_step and math.isfinite(self.losses[-1]):
+            return
         finite = torch.isfinite(torch.stack(self.losses[-1:] if self.each_step else self.losses))
         if not finite.all():
             behind = len(finite) - int(finite.logical_not().nonzero()[0]) - 1
@@ -148,12 +151,12 @@ class Live(Callback):
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
-            for dvclive in trainer.loggers[1:]:
+            for logger in trainer.loggers[1:]:
                 for row in self.history.train:
                     metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
-                    dvclive.log_metrics(metrics, row["step"], sync=False)
+                    log_live(logger.experiment, metrics, row["step"])
                 for row in self.history.valid:
-                    dvclive.log_metrics(valid_metrics(row["valid_loss"]), row["step"], sync=False)
+                    log_live(logger.experiment, valid_metrics(row["valid_loss"]), row["step"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.losses += outputs["loss"].detach() * trainer.accumulate_grad_batches
@@ -178,10 +181,9 @@ class Live(Callback):
         if trainer.is_global_zero:
             tensorboard, *others = trainer.loggers
             tensorboard.log_metrics(metrics, trainer.global_step)
-            for dvclive in others:
-                # sync=True would make DVCLive read all its files again, and each time there is more in them.
-                dvclive.log_metrics(metrics, trainer.global_step, sync=False)
-                dvclive.experiment.make_summary()
+            for logger in others:
+                log_live(logger.experiment, metrics, trainer.global_step)
+                logger.experiment.make_summary()
                 if not (LIVE / "dvc.yaml").exists():
                     write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
 
@@ -208,6 +210,14 @@ class Live(Callback):
             self.bar.close()
 
 
+def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
+    """What DVCLiveLogger.log_metrics does, but for its search of the call stack, and, where that finds
+    Lightning's own logging, its reading all files again."""
+    live.step = step
+    for name, value in metrics.items():
+        live.log_metric(name, value)
+
+
 def valid_metrics(loss: float) -> dict[str, float]:
     return {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}
 
@@ -220,13 +230,13 @@ def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
     tensorboard = TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first)
     if first is None:
         return [tensorboard]  # training has ended
-    dvclive = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)
+    logger = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)
     try:
-        dvclive.experiment  # noqa: B018 (it opens Git and DVC)
+        logger.experiment  # noqa: B018 (it opens Git and DVC)
     except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
         print(f"note: DVCLive can't follow this training: {first_reason(str(error))}", file=sys.stderr)
         return [tensorboard]
-    return [tensorboard, dvclive]
+    return [tensorboard, logger]
 
 
 def write_run_figures(processes: int, checkpoints: Checkpoints, history: History) -> dict:

@@ -27,7 +27,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stages import gpt2
+from stages import gpt2, ops
 from stages.atomic import new_folder
 from stages.blocks import Split, load_split, load_tokenizer
 from stages.checkpoints import AtomicCheckpointIO, Checkpoints, Interrupted, training_lock
@@ -53,6 +53,7 @@ def main() -> None:
     parser = make_parser("train", __doc__)
     settings = load(parser)
     quiet_libraries()
+    ops.reuse_memory()
     train_split, valid_split = load_split("train"), load_split("valid")
     tokenizer, end_of_text, fingerprint = load_tokenizer(TOKENIZER)
     for split in (train_split, valid_split):
@@ -280,8 +281,15 @@ class LanguageModel(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm != "value":
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning itself can't
+        elif by_norm and self.device.type == "cpu":
+            # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
+            trained = [p for p in self.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            if not norm <= gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
