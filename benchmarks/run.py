@@ -53,7 +53,7 @@ SHAPES = {
     "default": {},
     "byte": SMALL,
     "wide": WIDE,
-    "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed"},
+    "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed", "model.compile": True},
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
     "gpt2-medium": GPT2 | {"model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "optimizer.batch_size": 8},
 }
@@ -132,7 +132,7 @@ def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
         for name, values in peaks.items()
     )
     return f"""\
-V {V:,}, T {T}, {L} layers, {model["n_head"]} heads, {C} wide, batch {B}, {params["trainer"]["precision"]}: \
+V {V:,}, T {T}, {L} layers, {model["n_head"]} heads, {C} wide, batch {B}, {params["trainer"]["precision"]}{", model.compile: true" if model["compile"] else ""}: \
 N = {N:,}, {flops / 1e6:,.1f} MFLOP a token.
 
 {table(columns, rows)}

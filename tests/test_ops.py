@@ -1,6 +1,7 @@
 """The fast operations against torch.nn.functional in float64."""
 
 import platform
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -82,11 +83,15 @@ def test_bf16_on_a_cpu(block_size):
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, ops.GELU_PIECE + 1)])
-def test_gelu(dtype, rounding, shape):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gelu(dtype, rounding, shape, compiled):
+    if compiled and not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ on a CPU")
     torch.manual_seed(0)
     x, grad = (4 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
     exact = x.detach().double().requires_grad_()
-    measured, expected = ops.gelu(x), F.gelu(exact, approximate="tanh")
+    gelu = torch.compile(ops.gelu) if compiled else ops.gelu
+    measured, expected = gelu(x), F.gelu(exact, approximate="tanh")
     measured.backward(grad)
     expected.backward(grad.double())
     assert measured.dtype == x.grad.dtype == dtype
