@@ -81,7 +81,7 @@ def test_bf16_on_a_cpu(block_size):
         assert relative_error(ours, theirs.double()) < 0.05
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 3e-7), (torch.bfloat16, 2e-3), (torch.float64, 1e-15)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-3), (torch.float64, 3e-15)])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, ops.GELU_PIECE + 1)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gelu(dtype, rounding, shape, compiled):
