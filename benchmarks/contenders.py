@@ -169,7 +169,7 @@ def evaluate_stage(settings) -> None:
     turns, losses = Turns(), evaluate.token_losses
 
     def in_turns(*arguments):
-        batches = losses(*arguments)
+        batches = (batch for _ in count() for batch in losses(*arguments))  # it must not end before the last round
         while True:
             turns.next_step()
             yield next(batches)

@@ -39,7 +39,6 @@ WIDE = {
     "model.n_head": 6,
     "model.n_embd": 384,
     "optimizer.batch_size": 8,
-    "optimizer.lr": 1e-3,
 }
 GPT2 = {
     "tokenizer.vocab_size": 50257,
@@ -131,8 +130,9 @@ def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
         f"- {name.replace('_', ' ')}: {spread([v / 1e9 for v in values], '{:,.0f}')} GFLOP/s"
         for name, values in peaks.items()
     )
+    compiled = ", model.compile: true" if model["compile"] else ""
     return f"""\
-V {V:,}, T {T}, {L} layers, {model["n_head"]} heads, {C} wide, batch {B}, {params["trainer"]["precision"]}{", model.compile: true" if model["compile"] else ""}: \
+V {V:,}, T {T}, {L} layers, {model["n_head"]} heads, {C} wide, batch {B}, {params["trainer"]["precision"]}{compiled}: \
 N = {N:,}, {flops / 1e6:,.1f} MFLOP a token.
 
 {table(columns, rows)}
@@ -358,7 +358,7 @@ def all_sections(rounds: int = 5) -> None:
 def project(shape: str, megabytes: int = 0):
     """A temporary folder with the sample corpus, or so much text, as token blocks; and its params."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["optimizer"]["name"] = "adamw"  # as the peers have it
+    params["optimizer"] |= {"name": "adamw", "lr": 1e-3}  # as the peers have it
     for key, value in SHAPES[shape].items():
         group, leaf = key.split(".")
         params[group][leaf] = value
