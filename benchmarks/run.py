@@ -519,10 +519,11 @@ same time: don't compare them.
 
 Training tokens per second are steady-state: start-up and compiling come before the first round. The
 validation that only the train stage does is not counted; its logging, progress line and the saving of
-checkpoints are. Utilisation is a token's FLOPs times tokens per second, over the rate of a large square matrix
-product in the same precision. A token takes 6 N + 12 L C T FLOPs, forward and backward: N = 12 L C² + V C
-weights in matrix products (the tied embeddings count once, as the output layer), and attention to T
-positions as if it weren't causal (appendix B of the PaLM paper, https://arxiv.org/abs/2204.02311).
+checkpoints are. All train with AdamW, at a learning rate of 1e-3 (GPT-2's shapes: 6e-4). Utilisation is a
+token's FLOPs times tokens per second, over the rate of a large square matrix product in the same precision.
+A token takes 6 N + 12 L C T FLOPs, forward and backward: N = 12 L C² + V C weights in matrix products (the
+tied embeddings count once, as the output layer), and attention to T positions as if it weren't causal
+(appendix B of the PaLM paper, https://arxiv.org/abs/2204.02311).
 """
 
 

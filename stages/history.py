@@ -58,7 +58,8 @@ class History(Callback):
                 self.grad_norm = trainer.strategy.reduce(square, reduce_op="sum").sqrt()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
+        self.loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.losses.append(self.loss)
         stepped = (
             batch_idx + 1
         ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
@@ -159,7 +160,7 @@ class Live(Callback):
                     log_live(logger.experiment, valid_metrics(row["valid_loss"]), row["step"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.losses += outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.losses += self.history.loss
         self.batches += 1
         if trainer.global_step == self.step:
             return

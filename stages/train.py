@@ -225,6 +225,12 @@ class LanguageModel(pl.LightningModule):
         self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
         self.valid_nll = self.valid_tokens = 0.0
 
+    def __setattr__(self, name: str, value) -> None:
+        if name == "_current_fx_name":  # Lightning does so 40 times a step, and a Module first looks for parameters
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss (nats a token) of (B, T + 1) int64 token ids."""
         if self.settings.model.dropout > 0:
