@@ -56,8 +56,9 @@ def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch
     (3 * measured).backward()
     (3 * expected.mean()).backward()
     assert measured.item() == pytest.approx(expected.mean().item(), rel=1e-6)
-    assert relative_error(x.grad, exact[0].grad) < 3e-6
-    assert relative_error(weight.grad, exact[1].grad) < 3e-6
+    rounding = 1e-6 if size == 1 else 3e-6  # of logits in the hundreds
+    assert relative_error(x.grad, exact[0].grad) < rounding
+    assert relative_error(weight.grad, exact[1].grad) < rounding
     with torch.no_grad():
         assert relative_error(ops.token_cross_entropy(x, weight, targets), expected) < 1e-6
 
