@@ -9,7 +9,7 @@ repro: .venv/installed
 	dvc repro
 
 report: .venv/installed
-	python -m stages.report
+	python -m tools.report
 
 test: .venv/installed
 	ruff check . && ruff format --check .
@@ -23,7 +23,7 @@ bench: .venv/installed-bench
 	@echo "Installing requirements.txt into .venv: this takes some minutes."
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	.venv/bin/python -m stages.offline_plots
+	.venv/bin/python -m tools.offline_plots
 	touch $@
 
 .venv/installed-bench: .venv/installed requirements-bench.txt

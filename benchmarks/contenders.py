@@ -9,6 +9,15 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
+from benchmarks.compact_gpt import CompactGPT, make_optimizer
+from benchmarks.turns import Turns
+from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
+from stages.common.settings import load, make_parser
+from stages.model.optimizers import lr_factor
+from stages.text.streams import load_split
+from stages.training.module import LanguageModel
+from stages.training.trainer import quiet_libraries
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,19 +25,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.compact_gpt import CompactGPT, make_optimizer
-from benchmarks.turns import Turns
-from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
-from stages.blocks import load_split
-from stages.settings import load, make_parser
-from stages.train import LanguageModel, lr_factor, quiet_libraries
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
     name, argv = sys.argv[1], sys.argv[2:]
-    settings = load(make_parser("train", __doc__), argv)
+    settings = load(make_parser("stages.train", __doc__), argv)
     torch.manual_seed(settings.seed_everything)
     CONTENDERS[name](settings)
 

@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from benchmarks.contenders import matrix_flops
+from benchmarks.turns import ROOT, Contender, interleave
+
 import pandas as pd
 import torch
 import transformers
 import yaml
 from jsonargparse import auto_cli
-
-from benchmarks.contenders import matrix_flops
-from benchmarks.turns import ROOT, Contender, interleave
 
 RESULTS = ROOT / "benchmarks" / "results.md"
 CUDA = torch.cuda.is_available()

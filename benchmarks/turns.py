@@ -16,11 +16,11 @@ import time
 from collections import deque
 from pathlib import Path
 
+from stages.watch.progress import Live
+
 import psutil
 import pytorch_lightning as pl
 import torch
-
-from stages.history import Live
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTURBED = 0.05  # other processes' share of the machine above which a turn is repeated

@@ -10,10 +10,10 @@ import json
 from itertools import groupby
 from pathlib import Path
 
-from stages.atomic import new_folder
-from stages.settings import UserError, run
+from stages.common.errors import UserError, run
+from stages.common.files import new_folder
+from stages.common.paths import SAMPLE
 
-OUTPUT = "data/sample"
 SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     for i, (_, chapter) in enumerate(chapters):
         split = {9: "valid", 19: "test"}.get(i % 20, "train")
         splits[split].append("\n".join(verse["text"] for verse in chapter))
-    with new_folder(OUTPUT) as folder:
+    with new_folder(SAMPLE) as folder:
         for split, documents in splits.items():
             (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8", newline="")
 

@@ -9,16 +9,18 @@ from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
+from stages.common.errors import UserError, run
+from stages.common.files import new_folder
+from stages.common.paths import TOKENIZER
+from stages.common.settings import load, make_parser
+from stages.text.documents import open_text, pieces
+from stages.text.tokenizers import existing
+
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from stages.atomic import new_folder
-from stages.settings import UserError, is_local, load, make_parser, run
-from stages.text import open_text, pieces
-
-OUTPUT = "models/tokenizer"
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
 # Trainers keep every different word, in some 100 bytes for each of its own.
@@ -29,34 +31,14 @@ SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there ar
 
 
 def main() -> None:
-    settings = load(make_parser("train_tokenizer", __doc__))
+    settings = load(make_parser("stages.train_tokenizer", __doc__))
     if settings.tokenizer.tokenizer_model is not None:
         tokenizer = existing(settings.tokenizer.tokenizer_model)
     else:
         tokenizer = train(settings.data.train_file, settings.tokenizer)
-    with new_folder(OUTPUT) as folder:
+    with new_folder(TOKENIZER) as folder:
         tokenizer.save_pretrained(folder)
-    print(f"{OUTPUT}: {len(tokenizer):,} entries")
-
-
-def existing(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face id or folder.
-
-    Raises:
-        UserError: it can't be had or read, is no fast tokenizer, or has no end-of-text token.
-    """
-    key = "tokenizer.tokenizer_model"
-    local = is_local(key, name, "tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # the hub, the files and the tokenizer's own code each raise their own
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: {name!r} holds no working tokenizer ({why}): use another, or null") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{key}: {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json")
-    return tokenizer
+    print(f"{TOKENIZER}: {len(tokenizer):,} entries")
 
 
 def train(path: str, settings) -> PreTrainedTokenizerFast:

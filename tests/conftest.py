@@ -49,9 +49,9 @@ def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]
     """Runs a stage in this process, which saves its start: exit status, standard output and error."""
     import importlib
 
-    from stages.settings import run as run_main
+    from stages.common.errors import run as run_main
 
-    main = importlib.import_module(f"stages.{name}").main
+    main = importlib.import_module(name if "." in name else f"stages.{name}").main
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (

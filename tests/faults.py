@@ -203,7 +203,9 @@ def checkpoint_files(project: Path) -> list[Path]:
 # From the first checkpoint on, no file can grow to the size of one: a full disk that needs no root.
 FULL_DISK = """
 import resource
-from stages import checkpoints, settings, train
+from stages import train
+from stages.common import errors
+from stages.training import checkpoints
 
 save = checkpoints.AtomicCheckpointIO.save_checkpoint
 
@@ -212,7 +214,7 @@ def save_on_a_full_disk(*arguments, **more):
     save(*arguments, **more)
 
 checkpoints.AtomicCheckpointIO.save_checkpoint = save_on_a_full_disk
-settings.run(train.main)
+errors.run(train.main)
 """
 
 

@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
 
 def import_libraries(sources: Path) -> None:
     """All that the stages import, and DVC."""
-    for file in sources.glob("*.py"):
+    for file in sources.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not ast.unparse(node).split()[1].startswith("stages"):
                 exec(ast.unparse(node), {})

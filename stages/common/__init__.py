@@ -1,0 +1,17 @@
+"""What every stage needs. Imported first by each stage, so that its packages are there.
+
+`.venv/bin/dvc repro` without the environment activated starts stages with another Python: then they
+go on in the project's own. `dvc exp run --temp` and queued runs work in a folder below the project.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("jsonargparse") is None:
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        python = folder / ".venv/bin/python"
+        if python.exists() and Path(sys.prefix) != folder / ".venv":
+            os.execv(python, [str(python), *sys.orig_argv[1:]])
+    sys.exit(f"{sys.executable} lacks this project's packages: activate its environment (. .venv/bin/activate)")

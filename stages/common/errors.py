@@ -1,0 +1,40 @@
+"""A user's mistake is one line and exit status 1, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake in the user's input; its text is the one line that the user reads."""
+
+    def __init__(self, text: str):
+        # A key or a file name may hold anything, line ends too.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+class OneProcessError(UserError):
+    """A mistake that only one of the processes that train together has seen."""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What another library's error says, on one line of bounded length."""
+    return " ".join(str(error).split())[:limit]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command's main(): a mistake of the user's ends it with one line and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        # Processes that train together find the same mistake: one on each machine says it.
+        first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+        text = " ".join(str(error).splitlines())
+        sys.exit(f"error: {text}" if first or isinstance(error, OneProcessError) else 1)
+    except BrokenPipeError:
+        os._exit(1)
+    except OSError as error:
+        # A full disk or a file without permission is no bug of ours, so no traceback.
+        sys.exit(f"error: {error.filename or 'writing output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,187 @@
+"""GPT-2 as transformers defines and initialises it, with a leaner forward pass of our own.
+
+Training and evaluation need next-token losses and nothing else: no cache, no attention mask, no
+output objects, and never all the logits at once. `logits` computes what `GPT2LMHeadModel.forward`
+does from the same weights; a test holds the two against each other.
+"""
+
+from pathlib import Path
+
+from stages.common.errors import UserError
+from stages.common.hub import is_local
+from stages.model import ops
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
+
+# Its notes and loading bars are about choices made here on purpose.
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+# Up to so many tokens of bf16 on a CPU, products of whole matrices beat PyTorch's flash attention by three.
+WHOLE_ATTENTION = 512
+
+
+def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights (from torch's global seed), of the shape in the model group.
+
+    Raises:
+        UserError: it doesn't fit into memory.
+    """
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=settings.block_size,
+        n_layer=settings.n_layer,
+        n_head=settings.n_head,
+        n_embd=settings.n_embd,
+        resid_pdrop=settings.dropout,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+    )
+    try:
+        return GPT2LMHeadModel(config)
+    except (RuntimeError, MemoryError):
+        raise UserError("model: no memory for one of this size: lower model.n_embd or tokenizer.vocab_size") from None
+
+
+def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2LMHeadModel:
+    """The GPT-2 of model.from_pretrained, ready to be fine-tuned.
+
+    Raises:
+        UserError: it can't be had, is no GPT-2, has too few positions, or another vocabulary.
+    """
+    name, key = settings.from_pretrained, "model.from_pretrained"
+    options = {"local_files_only": is_local(key, name, "model.safetensors"), "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except Exception as error:  # the hub, the files and the config's own code each raise their own
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{key}: {name!r} holds no working model ({why}): use another, or null") from None
+    if config.model_type != "gpt2":
+        raise UserError(f"{key}: {name!r} is a {config.model_type} model: only gpt2 can be trained")
+    if settings.block_size > config.n_positions:
+        raise UserError(
+            f"model.block_size: {settings.block_size} is above the {config.n_positions} positions of {name!r}: lower it"
+        )
+    if max(vocab.values()) >= config.vocab_size:
+        raise UserError(
+            f"{key}: {name!r} has {config.vocab_size:,} tokens, the tokenizer {max(vocab.values()) + 1:,}: "
+            f"set tokenizer.tokenizer_model to {name!r} too"
+        )
+    try:
+        its_vocab = AutoTokenizer.from_pretrained(name, **options).get_vocab()
+    except Exception:
+        its_vocab = vocab  # a model saved without its tokenizer: only the size can be compared
+    if its_vocab != vocab:
+        raise UserError(
+            f"{key}: {name!r} was trained with another tokenizer than models/tokenizer's: "
+            f"set tokenizer.tokenizer_model to {name!r} too"
+        )
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = settings.dropout
+    config.bos_token_id = config.eos_token_id = end_of_text
+    return load_model(name, config, local_files_only=options["local_files_only"])
+
+
+def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHeadModel:
+    """A GPT-2 folder, or with its config a Hugging Face id, in float32.
+
+    Raises:
+        UserError: a file is missing, cut short, or holds other weights than config.json says.
+    """
+    if config is None and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such model folder: make it with `dvc repro`")
+    try:
+        config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if config.model_type != "gpt2":
+            raise ValueError(f"a {config.model_type} model, not gpt2")
+        model, report = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # safetensors, transformers and json each raise their own
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: no working GPT-2 ({why}): make or fetch it again") from None
+    if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise UserError(f"{folder}: its weight file lacks {missing[0]}: make or fetch it again")
+    return model
+
+
+def logits(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+    """Next-token logits.
+
+    Args:
+        input_ids: (B, T) int64, T up to the model's positions.
+    Returns:
+        (B, T, V), in the weights' dtype or autocast's.
+    """
+    x = hidden_states(model, input_ids)
+    return ops.linear(x.flatten(0, 1), model.lm_head.weight).view(*x.shape[:2], -1)
+
+
+def loss(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy of next-token prediction.
+
+    Args:
+        tokens: (B, T + 1) int64: T inputs and, one further, their T targets.
+    Returns:
+        () float32, nats a token, with a gradient.
+    """
+    x = hidden_states(model, tokens[:, :-1])
+    return ops.linear_cross_entropy(x.flatten(0, 1), model.lm_head.weight, tokens[:, 1:].flatten())
+
+
+def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next-token prediction.
+
+    Args:
+        tokens: (B, T + 1) int64: T inputs and, one further, their T targets.
+    Returns:
+        (B, T) float32, nats, without a gradient.
+    """
+    x = hidden_states(model, tokens[:, :-1])
+    nll = ops.token_cross_entropy(x.flatten(0, 1), model.lm_head.weight, tokens[:, 1:].flatten())
+    return nll.view(*x.shape[:2])
+
+
+def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+    """The last layer's output after its norm: (B, T, n_embd)."""
+    body, config = model.transformer, model.config
+    x = body.wte(input_ids) + body.wpe.weight[: input_ids.shape[1]]
+    x = F.dropout(x, config.embd_pdrop, model.training)
+    for block in body.h:
+        x = x + attention(block.attn, block.ln_1(x))
+        x = x + mlp(block.mlp, block.ln_2(x))
+    return body.ln_f(x)
+
+
+def attention(attn, x: Tensor) -> Tensor:
+    config = attn.config
+    B, T, C = x.shape
+    q, k, v = conv1d(attn.c_attn, x).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
+    dropout = config.attn_pdrop if attn.training else 0.0
+    if x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= WHOLE_ATTENTION:
+        future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+        q, k, v = (part.reshape(-1, T, C // config.n_head) for part in (q, k, v))
+        weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=attn.scaling).softmax(-1)
+        y = torch.bmm(F.dropout(weights, dropout), v).view(B, config.n_head, T, -1)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=attn.scaling)
+    y = conv1d(attn.c_proj, y.transpose(1, 2).reshape(B, T, C))
+    return F.dropout(y, config.resid_pdrop, attn.training)
+
+
+def mlp(mlp, x: Tensor) -> Tensor:
+    x = conv1d(mlp.c_fc, x)
+    # gelu_new is this very function, in one kernel instead of eight.
+    x = ops.gelu(x) if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
+    return F.dropout(conv1d(mlp.c_proj, x), mlp.dropout.p, mlp.training)
+
+
+def conv1d(layer, x: Tensor) -> Tensor:
+    """GPT-2 keeps its weights as (in, out), the transpose of torch's Linear."""
+    return ops.linear(x.reshape(-1, x.shape[-1]), layer.weight.t(), layer.bias).view(*x.shape[:-1], -1)

@@ -1,0 +1,47 @@
+"""Text from a model: one token after another, until end-of-text."""
+
+from stages.model.gpt2 import logits
+
+import torch
+from transformers import GPT2LMHeadModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@torch.inference_mode()
+def continuation(model: GPT2LMHeadModel, tokenizer, prompt: str, settings, seed: int) -> str:
+    """A prompt and what the model adds to it, up to end-of-text or max_new_tokens.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: what `load_tokenizer` returns.
+        prompt: any text; it starts a document. The model sees the last n_positions tokens.
+        settings: the generate group.
+        seed: of torch's random numbers.
+    """
+    encoder, end_of_text, _ = tokenizer
+    choose = LogitsProcessorList()
+    if settings.temperature not in (0.0, 1.0):
+        choose.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        choose.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        choose.append(TopPLogitsWarper(settings.top_p))
+    generator = torch.Generator().manual_seed(seed)
+    ids = [end_of_text, *encoder.encode(prompt, add_special_tokens=False).ids]
+    for _ in range(settings.max_new_tokens):
+        context = torch.tensor([ids[-model.config.n_positions :]], device=model.device)
+        scores = logits(model, context)[:, -1].float()
+        if settings.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            probabilities = choose(context, scores).softmax(-1).cpu()
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
+        if token == end_of_text:
+            break
+        ids.append(token)
+    return encoder.decode(ids[1:], skip_special_tokens=False)

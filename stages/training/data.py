@@ -1,0 +1,87 @@
+"""Batches of blocks, in an order that seed and epoch alone decide."""
+
+import math
+
+from stages.common.errors import OneProcessError
+from stages.text.streams import Split
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class BlockDataset(Dataset):
+    """Blocks of a token stream: inputs and, one further, their targets."""
+
+    def __init__(self, split: Split, block_size: int):
+        self.split, self.T = split, block_size
+
+    def __getitems__(self, blocks: list[int]) -> Tensor:
+        """(B, T + 1) int64 token ids of B blocks; the stream's last block alone may be shorter."""
+        T, tokens = self.T, self.split.tokens
+        batch = np.stack([tokens[i * T : i * T + T + 1] for i in blocks]).astype(np.int64)
+        if batch.max() >= self.split.vocab_size:
+            raise OneProcessError(
+                f"data/blocks/{self.split.name}.npy: token id {batch.max()} is outside the vocabulary of "
+                f"{self.split.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
+            )
+        return torch.from_numpy(batch)
+
+
+class ShuffledBatches(Sampler):
+    """Batches of block numbers, shuffled by seed and epoch alone: there is no state to lose.
+
+    Each process takes its share of a batch, so what a step learns from doesn't depend on how
+    many there are. An incomplete last batch of an epoch is left out.
+    """
+
+    def __init__(self, blocks: int, batch_size: int, seed: int, trainer: pl.Trainer):
+        self.blocks, self.batch_size, self.seed, self.trainer = blocks, batch_size, seed, trainer
+
+    def __len__(self) -> int:
+        return self.blocks // self.batch_size
+
+    def __iter__(self):
+        epoch = self.trainer.current_epoch
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not 0 when resumed
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
+        for i in range(done, len(self)):
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
+
+
+class Blocks(pl.LightningDataModule):
+    """The batches of training and validation."""
+
+    def __init__(self, train: Split, valid: Split, settings):
+        super().__init__()
+        self.train, self.valid, self.settings = train, valid, settings
+        self.T, self.batch_size = settings.model.block_size, settings.optimizer.batch_size
+
+    def loader(self, split: Split, batches) -> DataLoader:
+        workers = self.settings.runtime.num_workers
+        return DataLoader(
+            BlockDataset(split, self.T),
+            batch_sampler=batches,
+            collate_fn=lambda batch: batch,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        blocks = (len(self.train.tokens) - 1) // self.T
+        seed = self.settings.seed_everything
+        return self.loader(self.train, ShuffledBatches(blocks, self.batch_size, seed, self.trainer))
+
+    def val_dataloader(self) -> DataLoader:
+        whole = (len(self.valid.tokens) - 1) // self.T
+        last = [[whole]] if (len(self.valid.tokens) - 1) % self.T else []
+        batches = [list(range(i, min(i + self.batch_size, whole))) for i in range(0, whole, self.batch_size)] + last
+        share = batches[self.trainer.global_rank :: self.trainer.world_size]
+        self.valid_batches = len(share)
+        # Under FSDP all must do as many passes: who has one batch less does another one, uncounted.
+        all_equal = math.ceil(len(batches) / self.trainer.world_size)
+        return self.loader(self.valid, share + batches[: all_equal - len(share)])

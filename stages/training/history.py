@@ -1,0 +1,110 @@
+"""The history of a training: metrics/train.csv and valid.csv."""
+
+import math
+from pathlib import Path
+
+from stages.common.errors import UserError
+from stages.common.files import write_text
+
+import pandas as pd
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import FSDPStrategy
+
+HISTORY_POINTS = 200
+
+
+class History(Callback):
+    """Loss, learning rate and gradient norm, at points that no logging setting moves; stops at NaN."""
+
+    def __init__(self):
+        self.train, self.valid, self.losses = [], [], []
+
+    def on_train_start(self, trainer, module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.interval = max(1, math.ceil(steps / HISTORY_POINTS)) if math.isfinite(steps) else 100
+        self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
+        # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
+        self.each_step = module.device.type == "cpu" and trainer.world_size == 1
+        self.losses = [loss.to(module.device) for loss in self.losses]  # a checkpoint's are on the CPU
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        step = trainer.global_step + 1
+        if step % self.interval == 0 or step % trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)  # before they are clipped
+            if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of every gradient
+                square = self.grad_norm.square().to(module.device)
+                self.grad_norm = trainer.strategy.reduce(square, reduce_op="sum").sqrt()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.losses.append(self.loss)
+        stepped = (
+            batch_idx + 1
+        ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
+        if self.each_step:
+            self.check(trainer)
+        if stepped and trainer.global_step % self.interval == 0:
+            self.share(trainer)
+            self.check(trainer)
+            loss = torch.stack(self.losses).double().mean().item()
+            self.train.append(
+                {
+                    "step": trainer.global_step,
+                    "tokens": self.tokens(trainer),
+                    "train_loss": loss,
+                    "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                    "grad_norm": self.grad_norm.item(),
+                }
+            )
+            self.losses = []
+
+    def tokens(self, trainer) -> int:
+        return trainer.fit_loop.epoch_loop.batch_progress.total.processed * self.T * self.batch_size
+
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        if self.losses:
+            self.share(trainer)
+            self.check(trainer)  # a checkpoint made after it would never get past it
+            checkpoint["callbacks"][self.state_key] = self.state_dict()
+
+    def share(self, trainer) -> None:
+        """Makes the losses the means over all processes, so that all of them, and any number of others, go on alike."""
+        self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
+
+    def check(self, trainer) -> None:
+        if self.each_step and math.isfinite(self.losses[-1]):
+            return
+        finite = torch.isfinite(torch.stack(self.losses[-1:] if self.each_step else self.losses))
+        if not finite.all():
+            behind = len(finite) - int(finite.logical_not().nonzero()[0]) - 1
+            step = trainer.global_step - behind // trainer.accumulate_grad_batches
+            raise UserError(
+                f"loss is not a finite number at step {step}: lower optimizer.lr, or set "
+                "trainer.gradient_clip_val (checkpoints made before it are kept)"
+            )
+
+    def on_validation_end(self, trainer, module) -> None:
+        if not trainer.sanity_checking:
+            self.valid.append(
+                {"step": trainer.global_step, "tokens": self.tokens(trainer), "valid_loss": module.valid_loss}
+            )
+
+    def state_dict(self) -> dict:
+        return {"train": self.train, "valid": self.valid, "losses": [loss.cpu() for loss in self.losses]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.train, self.valid, self.losses = state["train"], state["valid"], state["losses"]
+
+    def write(self, folder: Path) -> None:
+        columns = {
+            "train": ["step", "tokens", "train_loss", "lr", "grad_norm"],
+            "valid": ["step", "tokens", "valid_loss"],
+        }
+        for name, rows in (("train", self.train), ("valid", self.valid)):
+            write_text(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns[name]).to_csv(index=False))
+
+
+def valid_metrics(loss: float) -> dict[str, float]:
+    return {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}

@@ -1,0 +1,61 @@
+"""What a run is: its resume checkpoints belong to it alone."""
+
+import ast
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from stages.text.streams import Split
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import transformers
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_identity(settings, parser, train: Split, valid: Split) -> str:
+    """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work."""
+    decides = parser.dump(settings, format="json")
+    decides = {
+        key: value
+        for key, value in json.loads(decides).items()
+        if key in ("model", "optimizer", "trainer", "seed_everything")
+    }
+    for key in ("devices", "num_nodes", "strategy"):
+        decides["trainer"].pop(key)
+    decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
+    decides["versions"] = [library.__version__ for library in (torch, pl, np, transformers)]
+    decides["code"] = code_digest()
+    for weights in sorted(Path(settings.model.from_pretrained or os.devnull).glob("*.safetensors")):
+        with weights.open("rb") as file:
+            decides[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """SHA-256 of the code that dvc.yaml names among the deps of `train`: comments and docstrings don't count."""
+    deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
+    digest = hashlib.sha256()
+    for dep in sorted(dep for dep in deps if dep.startswith("stages/")):
+        for file in sorted([root / dep] if dep.endswith(".py") else (root / dep).rglob("*.py")):
+            digest.update(f"{file.relative_to(root)}\n{what_runs(file.read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()
+
+
+def what_runs(source: str) -> str:
+    """Python source without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            # A string that stands alone does nothing, wherever it is.
+            node.body = [part for part in body if not is_string(part)]
+    return ast.dump(tree)
+
+
+def is_string(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

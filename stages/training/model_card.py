@@ -1,0 +1,100 @@
+"""The README.md of models/gpt2/: a model card with the metadata header that the Hugging Face hub reads."""
+
+import math
+from pathlib import Path
+
+from stages.text.streams import Split
+from stages.training.checkpoints import Checkpoints
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
+
+BODY = """# GPT-2 with {parameters:,} parameters
+
+{origin} on {train.documents:,} documents: {train.bytes:,} bytes of UTF-8 text, {train_tokens:,} tokens.
+Training took {steps:,} steps of up to {step_tokens:,} tokens{best}.
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", ".")  # this folder, or the id it has on the hub
+print(generate("The", max_new_tokens={new_tokens})[0]["generated_text"])
+```
+
+## Figures
+
+{figures}
+
+## Settings
+
+```yaml
+{settings}```
+
+The header names no license and no language: only you know those of your text. Add them before you publish the model.
+"""
+
+FIGURES = """On {documents:,} validation documents ({bytes:,} bytes, {tokens:,} predicted tokens):
+
+| loss (nats a token) | perplexity | bits per byte |
+| --- | --- | --- |
+| {loss:.4f} | {ppl:.2f} | {bits_per_byte:.4f} |"""
+
+
+def valid_figures(loss: float, valid: Split) -> dict[str, float]:
+    """loss, ppl and bits_per_byte of the validation split, as stages/model/scoring.py defines them."""
+    bits_per_byte = loss * (len(valid.tokens) - 1) / math.log(2) / valid.bytes
+    return {"loss": loss, "ppl": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
+
+
+def model_card(settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
+    """The card of a trained model.
+
+    It says only what the train stage's inputs decide (no date, no commit, no name of a text file),
+    so that two runs of the same inputs make the same bytes.
+
+    Args:
+        settings: all settings.
+        parameters: how many the model has.
+        train, valid: the token streams.
+        checkpoints: of the finished training: its steps, and step and loss of the best weights.
+    """
+    best_step, best_loss = checkpoints.best_step, checkpoints.best_loss
+    pretrained = settings.model.from_pretrained
+    figures = valid_figures(best_loss, valid) if best_step is not None else {}
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2"],
+        base_model=pretrained if pretrained and not Path(pretrained).exists() else None,
+        model_name="gpt2",
+        eval_results=[
+            EvalResult("text-generation", "text", "validation text", {"ppl": "perplexity"}.get(name, name), value)
+            for name, value in figures.items()
+        ],
+    )
+    optimizer = settings.optimizer
+    body = BODY.format(
+        parameters=parameters,
+        origin=f"`{pretrained}`, trained further" if pretrained else "Trained from random weights",
+        train=train,
+        train_tokens=len(train.tokens),
+        steps=checkpoints.steps,
+        step_tokens=optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches,
+        best=f"; these are the weights of step {best_step:,}, at the lowest validation loss" if figures else "",
+        new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
+        figures=FIGURES.format(documents=valid.documents, bytes=valid.bytes, tokens=len(valid.tokens) - 1, **figures)
+        if figures
+        else "It was trained without validation.",
+        settings=yaml.safe_dump(
+            {
+                "model": settings.model.as_dict(),
+                "optimizer": optimizer.as_dict(),
+                "trainer": {key: settings.trainer[key] for key in TRAINER},
+                "seed_everything": settings.seed_everything,
+            },
+            sort_keys=False,
+        ),
+    )
+    return ModelCard(f"---\n{header}\n---\n{body}", ignore_metadata_errors=False)

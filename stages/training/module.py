@@ -1,0 +1,108 @@
+"""A GPT-2 as Lightning trains it: its loss, its validation, its optimizer."""
+
+import math
+
+from stages.common.errors import UserError
+from stages.model import gpt2
+from stages.model.optimizers import lr_factor, make_optimizer
+from stages.training.history import valid_metrics
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor
+
+
+class LanguageModel(pl.LightningModule):
+    """A GPT-2 and how its loss is computed and its weights are updated."""
+
+    def __init__(self, model, settings):
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
+        # FSDP leaves flat parts of them later.
+        self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
+        self.valid_nll = self.valid_tokens = 0.0
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "_current_fx_name":  # Lightning does so 40 times a step, and a Module first looks for parameters
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def on_fit_start(self) -> None:
+        self.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in self.trainer.callbacks)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Mean loss (nats a token) of (B, T + 1) int64 token ids."""
+        if self.settings.model.dropout > 0:
+            # Dropout draws from the step's own seed, so that a resumed run draws the same.
+            step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
+        loss = self.loss(self.model, batch)
+        if self.loss_is_monitored:  # takes a millisecond, and the loggers don't need it
+            self.log("loss", loss.detach(), sync_dist=True, logger=False)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.valid_nll = self.valid_tokens = 0.0
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        nll = gpt2.token_losses(self.model, batch)
+        if batch_idx < self.trainer.datamodule.valid_batches:
+            self.valid_nll += nll.double().sum()
+            self.valid_tokens += nll.numel()
+
+    def on_validation_epoch_end(self) -> None:
+        sums = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (self.valid_nll, self.valid_tokens)]
+        )
+        nll, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        loss = nll / tokens
+        # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
+        self.valid_loss = loss
+        self.log_dict(valid_metrics(loss), sync_dist=True, logger=False)
+
+    def configure_optimizers(self) -> dict:
+        settings, total = self.settings.optimizer, self.training_steps()
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        matrices = [p for name, p in trained if name in self.matrix_names]
+        vectors = [p for name, p in trained if name not in self.matrix_names]
+        hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
+        # With fp16 the fused step would unscale the gradients itself, after they were clipped.
+        fused = str(self.settings.trainer.precision) not in ("16", "16-mixed")
+        optimizer = make_optimizer(settings, matrices, vectors, hidden, fused)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_steps(self) -> float:
+        """Optimizer steps of the learning rate's schedule.
+
+        Raises:
+            UserError: the schedule has no end, or the warm-up leaves nothing of it.
+        """
+        settings = self.settings.optimizer
+        total = settings.num_training_steps or self.trainer.estimated_stepping_batches
+        if settings.num_warmup_steps >= total:
+            raise UserError(
+                f"optimizer.num_warmup_steps: {settings.num_warmup_steps} of {total} training steps: lower it"
+            )
+        if math.isinf(total) and settings.schedule != "constant":
+            raise UserError(
+                f"optimizer.num_training_steps: null, but {settings.schedule} needs to know where training ends"
+            )
+        return total
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
+            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning itself can't
+        elif by_norm and self.device.type == "cpu":
+            # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
+            trained = [p for p in self.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+            if not norm <= gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -1,0 +1,109 @@
+"""Lightning's Trainer with our settings, and what it must be told or must not be allowed."""
+
+import logging
+import os
+import shutil
+import warnings
+from contextlib import nullcontext
+
+from stages.common.errors import UserError
+from stages.common.settings import first_reason
+from stages.training.checkpoints import AtomicCheckpointIO
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.profilers import PassThroughProfiler
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
+
+
+def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
+    """Lightning's Trainer with the settings of the trainer and runtime groups."""
+    try:
+        arguments = parser.instantiate(settings).trainer.as_dict()
+        users = arguments.pop("callbacks") or []
+        users = users if isinstance(users, list) else [users]
+        check_monitors(users)
+        plugins = arguments.pop("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        return pl.Trainer(
+            **arguments,
+            callbacks=[*users, *callbacks],
+            plugins=[*plugins, AtomicCheckpointIO()],
+            logger=False,  # make_loggers has to know the checkpoint
+            log_every_n_steps=settings.runtime.log_every_n_steps,
+            profiler=settings.runtime.profiler or NoProfiler(),
+            num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
+            enable_progress_bar=False,  # Live has one
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
+            use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        # Lightning and the users' callbacks check their arguments in their own ways.
+        raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
+
+
+def check_monitors(callbacks: list[Callback]) -> None:
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in METRIC_NAMES:
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}: "
+                f"the metrics are {', '.join(METRIC_NAMES)}"
+            )
+
+
+def check_processes(trainer: pl.Trainer, settings) -> None:
+    """Raises UserError when the settings don't fit each other or the processes that were started."""
+    strategy, processes = trainer.strategy, trainer.num_devices * trainer.num_nodes
+    optimizer = settings.optimizer
+    if settings.model.compile and strategy.root_device.type == "cpu" and not shutil.which("g++"):
+        raise UserError("model.compile: true needs the C++ compiler g++ on a CPU: install it, or set it to false")
+    environment = trainer._accelerator_connector.cluster_environment
+    if environment.creates_processes_externally and environment.world_size() != processes:
+        raise UserError(
+            f"trainer.devices {trainer.num_devices} on trainer.num_nodes {trainer.num_nodes} are {processes} "
+            f"processes, but {environment.world_size()} were started: make them equal"
+        )
+    if trainer.num_nodes > 1 and not environment.creates_processes_externally and "NODE_RANK" not in os.environ:
+        raise UserError(
+            f"trainer.num_nodes: {trainer.num_nodes}, but nothing started this stage on each of them: "
+            "start it with torchrun or srun (docs/scale.md), or set it to 1"
+        )
+    if optimizer.batch_size % processes:
+        raise UserError(f"optimizer.batch_size: {optimizer.batch_size} can't be shared evenly by {processes} processes")
+    # What is spawned hands its state back to nobody, and of others nothing is known.
+    spawned = isinstance(strategy.launcher, _MultiProcessingLauncher)
+    if spawned or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy):
+        raise UserError(
+            f"trainer.strategy: {type(strategy).__name__} of this kind can't be used: set auto, ddp or fsdp"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        if optimizer.name == "muon":
+            raise UserError(
+                "optimizer.name: muon needs whole matrices, and fsdp splits them: set adamw, or strategy ddp"
+            )
+        if strategy._state_dict_type != "full":
+            raise UserError("trainer.strategy: state_dict_type must be full: checkpoints are files")
+
+
+class NoProfiler(PassThroughProfiler):
+    """Lightning enters 80 of these contexts a step; its own are generators, a tenth of a millisecond in all."""
+
+    nothing = nullcontext()
+
+    def profile(self, action_name: str) -> nullcontext:
+        return self.nothing
+
+
+def quiet_libraries() -> None:
+    """Advice on choices that this stage has made on purpose would hide what the user must see."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

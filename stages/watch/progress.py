@@ -1,0 +1,131 @@
+"""The progress line, and what TensorBoard and DVCLive draw while a model trains."""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+from stages.common.files import write_text
+from stages.common.paths import LOGS
+from stages.common.settings import first_reason
+from stages.training.history import History, valid_metrics
+
+import dvclive
+from dvclive.lightning import DVCLiveLogger
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from tqdm import tqdm
+
+LIVE = LOGS / "dvclive"
+# There while a training runs, so that DVC shows it live, and not in Git's way afterwards.
+LIVE_DVC_YAML = "metrics:\n- metrics.json\nplots:\n- plots/metrics:\n    x: step\n"
+
+
+class Live(Callback):
+    """What a person follows while it trains: a progress line, TensorBoard and DVCLive.
+
+    Every log_every_n_steps optimizer steps they get loss (the mean since the last time), lr,
+    grad_norm and tokens_per_second, and after each validation its loss. Nothing depends on them.
+    """
+
+    def __init__(self, history: History):
+        self.history, self.bar = history, None
+
+    def on_train_start(self, trainer, module) -> None:
+        steps = trainer.estimated_stepping_batches
+        show = module.settings.runtime.enable_progress_bar and trainer.is_global_zero
+        self.bar = tqdm(
+            total=steps if math.isfinite(steps) else None,
+            initial=trainer.global_step,
+            unit="step",
+            desc="training",
+            mininterval=0.5,
+            disable=None if show else True,
+            dynamic_ncols=True,
+        )
+        self.step = trainer.global_step
+        self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
+        if trainer.is_global_zero:
+            # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
+            for logger in trainer.loggers[1:]:
+                for row in self.history.train:
+                    metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
+                    log_live(logger.experiment, metrics, row["step"])
+                for row in self.history.valid:
+                    log_live(logger.experiment, valid_metrics(row["valid_loss"]), row["step"])
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.losses += self.history.loss
+        self.batches += 1
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        self.bar.update()
+        if self.step % trainer.log_every_n_steps:
+            return
+        loss = trainer.strategy.reduce(self.losses / self.batches, reduce_op="mean").item()
+        tokens = self.batches * module.settings.optimizer.batch_size * module.settings.model.block_size
+        now = time.monotonic()
+        rate = tokens / (now - self.since)
+        self.bar.set_postfix_str(f"loss {loss:.3f}{self.valid}, {rate:,.0f} tokens/s", refresh=False)
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics = {"loss": loss, "lr": lr, "grad_norm": self.history.grad_norm.item(), "tokens_per_second": rate}
+        self.record(trainer, metrics)
+        self.losses, self.batches, self.since = 0.0, 0, now
+
+    def record(self, trainer, metrics: dict[str, float]) -> None:
+        if trainer.is_global_zero:
+            tensorboard, *others = trainer.loggers
+            tensorboard.log_metrics(metrics, trainer.global_step)
+            for logger in others:
+                log_live(logger.experiment, metrics, trainer.global_step)
+                logger.experiment.make_summary()
+                if not (LIVE / "dvc.yaml").exists():
+                    write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.validation_started = time.monotonic()
+
+    def on_validation_end(self, trainer, module) -> None:
+        if trainer.sanity_checking or self.bar is None:
+            return
+        metrics = valid_metrics(module.valid_loss)
+        self.record(trainer, metrics)
+        self.valid = f", valid {module.valid_loss:.3f}"
+        if module.settings.runtime.enable_progress_bar and trainer.is_global_zero:
+            shown = f"valid_loss {metrics['valid_loss']:.4f}, valid_ppl {metrics['valid_ppl']:,.2f}"
+            line = f"step {trainer.global_step:,}: {shown}"
+            print(line, flush=True) if self.bar.disable else self.bar.write(line)
+        self.since += time.monotonic() - self.validation_started
+
+    def on_train_end(self, trainer, module) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
+    """What DVCLiveLogger.log_metrics does, but for its search of the call stack, and, where that finds
+    Lightning's own logging, its reading all files again."""
+    live.step = step
+    for name, value in metrics.items():
+        live.log_metric(name, value)
+
+
+def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
+    """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint."""
+    step = resume.stem.removeprefix("step-") if resume else "0"
+    # TensorBoard hides what was logged after the checkpoint before: it happens again.
+    first = int(step) + 1 if step.isdigit() else None
+    tensorboard = TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first)
+    if first is None:
+        return [tensorboard]  # training has ended
+    logger = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)
+    try:
+        logger.experiment  # noqa: B018 (it opens Git and DVC)
+    except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
+        print(f"note: DVCLive can't follow this training: {first_reason(str(error))}", file=sys.stderr)
+        return [tensorboard]
+    return [tensorboard, logger]

@@ -1,0 +1,58 @@
+"""What a training says of itself at its end: metrics/run.json and the last lines in the terminal."""
+
+import json
+import platform
+import resource
+
+from stages.common.files import write_text
+from stages.common.paths import METRICS, MODEL
+from stages.text.streams import Split
+from stages.training.checkpoints import Checkpoints
+from stages.training.history import History
+from stages.training.model_card import valid_figures
+from stages.watch.progress import LIVE
+
+import pytorch_lightning as pl
+import torch
+import transformers
+
+
+def write_run_figures(processes: int, checkpoints: Checkpoints, history: History) -> dict:
+    """metrics/run.json: what differs between two runs of the same inputs."""
+    cuda = torch.cuda.is_available()
+    tokens = history.train[-1]["tokens"] if history.train else 0
+    figures = {
+        "run": checkpoints.folder.name,
+        "train_seconds": round(checkpoints.seconds, 1),
+        "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else 0,
+        "processes": processes,
+        "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_lightning": pl.__version__,
+        "transformers": transformers.__version__,
+    }
+    (LIVE / "dvc.yaml").unlink(missing_ok=True)
+    write_text(METRICS / "run.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def print_summary(checkpoints: Checkpoints, valid: Split, figures: dict, tensorboard: str) -> None:
+    minutes, seconds = divmod(round(figures["train_seconds"]), 60)
+    rows = {
+        "time": f"{minutes} min {seconds} s",
+        "tokens/s": f"{figures['tokens_per_second']:,}",
+        "model": MODEL,
+        "loss curves": f"{METRICS}/train.csv and valid.csv; tensorboard --logdir {tensorboard}",
+    }
+    if checkpoints.best_step is not None:
+        best = valid_figures(checkpoints.best_loss, valid)
+        rows = {
+            "best step": f"{checkpoints.best_step:,} of {checkpoints.steps:,}",
+            "valid loss": f"{best['loss']:.4f}",
+            "valid ppl": f"{best['ppl']:,.2f}",
+            "bits per byte": f"{best['bits_per_byte']:.4f}",
+        } | rows
+    print("\n".join(f"{name:15}{value}" for name, value in rows.items()), flush=True)

@@ -1,0 +1,126 @@
+"""The fast operations against torch.nn.functional in float64."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+from stages.model import gpt2, ops
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+
+def relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((measured.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "default"])
+def either_library(request, monkeypatch):
+    monkeypatch.setattr(ops, "ONEDNN", request.param and ops.ONEDNN)
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(70, 24, 40), (33, 48, 16), (1, 8, 8)])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_linear(either_library, rows, inputs, outputs, transposed):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias, upstream = torch.randn(outputs, generator=generator), torch.randn(rows, outputs, generator=generator)
+    arguments = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    measured, expected = ops.linear(*arguments), F.linear(*exact)
+    measured.backward(upstream)
+    expected.backward(upstream.double())
+    assert relative_error(measured, expected) < 1e-6
+    for ours, theirs in zip(arguments, exact):
+        assert relative_error(ours.grad, theirs.grad) < 1e-6
+
+
+@pytest.mark.parametrize(("pieces", "size"), [(1, 1), (3, 1), (50, 1), (3, 100)])
+def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch, pieces, size):
+    rows, width, vocabulary = 50, 16, 300
+    monkeypatch.setitem(ops.LOGITS_BYTES, "cpu", 4 * vocabulary * -(-rows // pieces))
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, width, generator=generator).requires_grad_()
+    # Of 100, targets have a probability that float32 takes for 0, and still a loss.
+    weight = (size * torch.randn(vocabulary, width, generator=generator)).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    expected = F.cross_entropy(F.linear(*exact), targets, reduction="none")
+    measured = ops.linear_cross_entropy(x, weight, targets)
+    (3 * measured).backward()
+    (3 * expected.mean()).backward()
+    assert measured.item() == pytest.approx(expected.mean().item(), rel=1e-6)
+    rounding = 1e-6 if size == 1 else 3e-6  # of logits in the hundreds
+    assert relative_error(x.grad, exact[0].grad) < rounding
+    assert relative_error(weight.grad, exact[1].grad) < rounding
+    with torch.no_grad():
+        assert relative_error(ops.token_cross_entropy(x, weight, targets), expected) < 1e-6
+
+
+@pytest.mark.parametrize("block_size", [24, gpt2.WHOLE_ATTENTION + 8])
+def test_bf16_on_a_cpu(block_size):
+    """Both ways of attention stay as near to float32 as rounding to bf16 allows."""
+    settings = SimpleNamespace(block_size=block_size, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    torch.manual_seed(1)
+    model = gpt2.new_model(settings, 100, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # away from the uniform distribution of a fresh model
+    tokens = torch.randint(0, 100, (3, block_size + 1))
+    expected = gpt2.loss(model, tokens)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = gpt2.loss(model, tokens)
+    assert measured.item() == pytest.approx(expected.item(), rel=3e-3)
+    for ours, theirs in zip(torch.autograd.grad(measured, list(model.parameters())), gradients):
+        assert relative_error(ours, theirs.double()) < 0.05
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-3), (torch.float64, 3e-15)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, ops.GELU_PIECE + 1)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gelu(dtype, rounding, shape, compiled):
+    if compiled and not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ on a CPU")
+    torch.manual_seed(0)
+    x, grad = (4 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    gelu = torch.compile(ops.gelu) if compiled else ops.gelu
+    measured, expected = gelu(x), F.gelu(exact, approximate="tanh")
+    measured.backward(grad)
+    expected.backward(grad.double())
+    assert measured.dtype == x.grad.dtype == dtype
+    assert relative_error(measured, expected) < rounding
+    assert relative_error(x.grad, exact.grad) < rounding
+
+
+def test_gelu_of_extremes():
+    x = torch.tensor([-torch.inf, -1e30, -30.0, 0.0, 30.0, 1e30, torch.inf, torch.nan])
+    torch.testing.assert_close(ops.gelu(x), F.gelu(x, approximate="tanh"), equal_nan=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_memory_of_a_step_is_there_for_the_next():
+    """Of 32 MiB, written 20 times, glibc alone has the system make every page anew each time."""
+    program = """if True:
+        import resource, sys, torch
+        from stages import ops
+        if sys.argv[1:]:
+            ops.reuse_memory()
+        torch.use_deterministic_algorithms(True)
+        faults = []
+        for _ in range(20):
+            torch.empty(1 << 23).zero_()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[9])
+    """
+    without, with_it = (
+        int(subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT)) for words in ([], ["reuse"])
+    )
+    assert with_it < without / 10

@@ -1,0 +1,197 @@
+"""Several processes train what one trains, and fail, stop and go on as one. CPU, gloo."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stages import train
+from stages.common.errors import UserError
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, run, set_params
+
+TESTS = ROOT / "tests"
+TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
+FSDP = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy={class_path: cpu_fsdp.CPUFSDP}")
+
+# Python runs it at the start of every process: it notes what any but the first one writes in the project.
+WATCH = """
+import os, sys
+if os.environ.get("LOCAL_RANK", "0") != "0":
+    def watch(event, arguments, here=os.getcwd(), log=os.environ["WATCH_LOG"]):
+        writes = event == "open" and set(str(arguments[1])) & set("wax+")
+        if writes or event in ("os.rename", "os.mkdir", "os.remove"):
+            path = os.path.abspath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes)) else ""
+            if path.startswith(here) and "__pycache__" not in path and path != log:
+                os.write(watch.file, f"{event} {path}\\n".encode())
+    watch.file = os.open(os.environ["WATCH_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.write(watch.file, b"watching\\n")
+    sys.addaudithook(watch)
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(built, tmp_path_factory) -> Path:
+    """The project trained on the CPU by one process."""
+    project = tmp_path_factory.mktemp("alone") / "project"
+    shutil.copytree(built, project)
+    set_params(project, "trainer.accelerator=cpu")
+    run("python", "-m", "stages.train", cwd=project)
+    return project
+
+
+def same_training(project: Path, expected: Path) -> None:
+    for name, tolerance in (("train", 1e-4), ("valid", 1e-6)):
+        got, wanted = (pd.read_csv(folder / f"metrics/{name}.csv") for folder in (project, expected))
+        assert list(got.columns) == list(wanted.columns)
+        assert list(got["tokens"]) == list(wanted["tokens"])
+        np.testing.assert_allclose(got, wanted, rtol=tolerance)
+    got, wanted = (
+        safetensors.torch.load_file(folder / "models/gpt2/model.safetensors") for folder in (project, expected)
+    )
+    assert got.keys() == wanted.keys()
+    for key in wanted:
+        if key.endswith("c_attn.bias"):  # softmax ignores the bias of keys: its gradient is rounding alone
+            got[key], wanted[key] = (torch.stack(w[key].chunk(3))[::2] for w in (got, wanted))
+        torch.testing.assert_close(got[key], wanted[key], rtol=1e-3, atol=1e-4)
+
+
+def start(*command: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(TESTS), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
+
+
+def training_processes(parent: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that run the train stage, in the order of their ranks on this machine."""
+    processes = [psutil.Process(parent.pid), *psutil.Process(parent.pid).children(recursive=True)]
+    processes = [p for p in processes if p.cmdline()[1:3] in (["-m", "stages.train"], ["-u", "-m"])]
+    return sorted(processes, key=lambda p: int(p.environ().get("LOCAL_RANK", 0)))
+
+
+def wait_for_checkpoint(project: Path, *processes: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(project.glob("models/checkpoints/*/step-*.ckpt")):
+        assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_processes_are_one_training(project, alone, tmp_path):
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch/sitecustomize.py").write_text(WATCH)
+    log = tmp_path / "written.txt"
+    set_params(project, *TWO)
+    environment = {"PYTHONPATH": str(tmp_path / "watch"), "WATCH_LOG": str(log)}
+    process = start(sys.executable, "-m", "stages.train", cwd=project, **environment)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    same_training(project, alone)
+    assert log.read_text() == "watching\n"
+    for line in ("GPT-2 with", "step 290: valid_loss", "best step"):
+        assert output.count(line) == 1, output
+    assert "warn" not in output.lower()
+    assert json.loads((project / "metrics/run.json").read_text())["processes"] == 2
+    run("python", "-m", "stages.evaluate", cwd=project)
+    loss = json.loads((project / "metrics/eval.json").read_text())["valid"]["loss"]
+    assert loss == pytest.approx(pd.read_csv(alone / "metrics/valid.csv")["valid_loss"].min(), abs=1e-6)
+
+
+def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
+    set_params(project, *TWO, "runtime.checkpoint_every_n_steps=20")
+    dvc = start("dvc", "repro", "train", cwd=project)
+    wait_for_checkpoint(project, dvc)
+    processes = training_processes(dvc)
+    assert len(processes) == 2
+    processes[1].kill()
+    output, _ = dvc.communicate(timeout=60)
+    assert dvc.returncode != 0
+    assert output.count("error: one of the 2 processes of this training has ended") == 1, output
+    assert "Traceback" not in output
+    psutil.wait_procs(processes, timeout=20)
+    assert not any(p.is_running() for p in processes)
+
+    set_params(project, "trainer.devices=1", "trainer.strategy=auto")
+    assert "going on from models/checkpoints" in run("dvc", "repro", "train", cwd=project).stdout
+    same_training(project, alone)
+
+
+def test_two_nodes_stop_together_and_go_on(project, alone):
+    """torchrun on two "machines" that share the project's folder; SIGTERM reaches only one of them."""
+    set_params(project, "trainer.accelerator=cpu", "trainer.num_nodes=2", "runtime.checkpoint_every_n_steps=20")
+
+    def two_nodes() -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+        command = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", *address]
+        return [start(*command, "--node-rank", str(i), "-m", "stages.train", cwd=project) for i in range(2)]
+
+    nodes = two_nodes()
+    wait_for_checkpoint(project, *nodes)
+    training_processes(nodes[1])[0].send_signal(signal.SIGTERM)
+    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    assert nodes[0].returncode != 0
+    assert "stopped by SIGTERM at step" in outputs[0] and "stopped by" not in outputs[1], outputs
+
+    nodes = two_nodes()
+    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "going on from" in outputs[0] and "going on from" not in outputs[1], outputs
+    same_training(project, alone)
+    run("dvc", "commit", "--force", "train", cwd=project)
+    assert "Stage 'train' didn't change" in run("dvc", "repro", "train", cwd=project).stdout
+
+
+def test_fsdp_stops_goes_on_and_exports_the_same_model(project, alone):
+    set_params(project, *FSDP, "runtime.checkpoint_every_n_steps=20")
+    process = start(sys.executable, "-m", "stages.train", cwd=project)
+    wait_for_checkpoint(project, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output, output
+
+    process = start(sys.executable, "-m", "stages.train", cwd=project)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "going on from" in output, output
+    same_training(project, alone)
+    for name in ("config.json", "tokenizer.json"):
+        assert (project / "models/gpt2" / name).read_bytes() == (alone / "models/gpt2" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ([*TWO, "optimizer.batch_size=3"], "optimizer.batch_size: 3 can't be shared evenly by 2 processes"),
+        (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn"], "set auto, ddp or fsdp"),
+        (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=fsdp"], "fsdp` requires a GPU"),
+        ([*FSDP, "optimizer.name=muon"], "muon needs whole matrices, and fsdp splits them"),
+    ],
+)
+def test_impossible_combinations(project, monkeypatch, settings, message):
+    set_params(project, *settings)
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(TESTS)
+    monkeypatch.setattr("sys.argv", ["train"])
+    with pytest.raises(UserError, match=message) as error:
+        train.main()
+    assert "\n" not in str(error.value)
+
+
+def test_other_number_of_processes_than_set_is_said_once(project):
+    process = start("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.train", cwd=project)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert output.count("error: trainer.devices 1 on trainer.num_nodes 1 are 1 processes, but 2 were started") == 1

@@ -1,0 +1,169 @@
+"""What a training shows while it runs and leaves behind: DVCLive, TensorBoard, terminal, history."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+from stages.common.settings import load, make_parser
+from stages.model import gpt2
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import run, set_params
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")
+TRAIN = (sys.executable, "-m", "stages.train")
+
+
+def live(project: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(project / f"logs/dvclive/plots/metrics/{name}.tsv", sep="\t")
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, "nothing came in five minutes"
+        time.sleep(0.02)
+
+
+def logged_step(project: Path) -> int:
+    """The last step that DVCLive's summary names; 0 before the first."""
+    try:
+        return json.loads((project / "logs/dvclive/metrics.json").read_text()).get("step", 0)
+    except (OSError, ValueError):
+        return 0
+
+
+@pytest.fixture(scope="module")
+def killed(built, tmp_path_factory) -> Path:
+    """A training stopped while DVC looked at it, killed well after a checkpoint, and finished."""
+    project = tmp_path_factory.mktemp("killed") / "project"
+    shutil.copytree(built, project)
+    shutil.rmtree(project / "logs")
+    # As often as the history has its points, so that the two can be compared.
+    set_params(project, "runtime.log_every_n_steps=2", "runtime.checkpoint_every_n_steps=100")
+    run("git", "commit", "-qam", "log often", cwd=project)
+    training = subprocess.Popen(TRAIN, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: logged_step(project) >= 20)
+    training.send_signal(signal.SIGSTOP)
+    (project / "seen.json").write_text(run("dvc", "metrics", "show", "--json", cwd=project).stdout)
+    (project / "plots.json").write_text(run("dvc", "plots", "show", "--json", cwd=project).stdout)
+    training.send_signal(signal.SIGCONT)
+    wait_for(lambda: logged_step(project) >= 150)
+    assert training.poll() is None
+    training.kill()
+    training.wait()
+    assert "going on from" in run(*TRAIN, cwd=project).stdout
+    return project
+
+
+def test_dvc_shows_a_training_live(killed):
+    seen = json.loads((killed / "seen.json").read_text())[""]["data"]["logs/dvclive/metrics.json"]["data"]
+    assert seen["step"] >= 20
+    assert set(NAMES) <= set(seen)
+    plots = json.loads((killed / "plots.json").read_text())["data"]
+    assert {str(Path(f"logs/dvclive/plots/metrics/{name}.tsv")) for name in NAMES} <= {
+        key.split("::")[0] for key in plots
+    }
+
+
+def test_live_files_stay_out_of_the_way_afterwards(killed):
+    """Neither DVC nor Git sees them once the training is done."""
+    changed = run("git", "status", "--short", "--untracked-files=all", cwd=killed).stdout
+    assert "logs/" not in changed
+    assert "dvclive" not in run("dvc", "metrics", "show", "--json", cwd=killed).stdout
+
+
+def test_live_files_of_a_resumed_run_are_whole(killed):
+    history = pd.read_csv(killed / "metrics/train.csv").set_index("step")
+    for name, column in (("loss", "train_loss"), ("lr", "lr"), ("grad_norm", "grad_norm")):
+        table = live(killed, name).set_index("step")[name]
+        assert list(table.index) == list(range(2, 291, 2))
+        assert table.to_numpy() == pytest.approx(history[column].to_numpy(), rel=1e-5)
+    valid = pd.read_csv(killed / "metrics/valid.csv")
+    table = live(killed, "valid_loss")
+    assert list(table.step) == list(valid.step)
+    assert table.valid_loss.to_numpy() == pytest.approx(valid.valid_loss.to_numpy())
+    assert (live(killed, "tokens_per_second").tokens_per_second > 0).all()
+
+
+def test_tensorboard_of_a_resumed_run_has_every_step_once(killed):
+    (folder,) = [path for path in (killed / "logs").iterdir() if path.name != "dvclive"]
+    assert len(list(folder.glob("events.*"))) == 2
+    events = EventAccumulator(str(folder)).Reload()
+    history = pd.read_csv(killed / "metrics/train.csv")
+    scalars = events.Scalars("loss")
+    assert [event.step for event in scalars] == list(history.step)
+    assert [event.value for event in scalars] == pytest.approx(list(history.train_loss), rel=1e-5)
+
+
+def test_gradient_norm_equals_an_independent_computation(project, monkeypatch):
+    run(*TRAIN, "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3", cwd=project)
+    monkeypatch.chdir(project)
+    settings = load(make_parser("stages.train", ""), [])
+    meta = json.loads(Path("data/blocks/meta.json").read_text())
+    pl.seed_everything(settings.seed_everything, verbose=False)
+    model = gpt2.new_model(settings.model, meta["vocab_size"], meta["end_of_text"])
+    tokens = np.load("data/blocks/train.npy").astype(np.int64)
+    blocks = np.random.default_rng([settings.seed_everything, 0]).permutation((len(tokens) - 1) // 16)[:4]
+    batch = torch.tensor(np.stack([tokens[i * 16 : i * 16 + 17] for i in blocks]))
+    logits = model(batch[:, :-1]).logits.double()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    norm = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt().item()
+    assert live(project, "loss").loss[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert live(project, "grad_norm").grad_norm[0] == pytest.approx(norm, rel=1e-4)
+
+
+def test_in_a_terminal_and_in_a_pipe(project):
+    """One line that is written over, lines for validations, and a table; no control characters in a pipe."""
+    piped = run("dvc", "repro", "--force", "--single-item", "train", cwd=project)
+    assert "\r" not in piped.stdout + piped.stderr
+    assert "tokens/s " in piped.stdout
+    figures = json.loads((project / "metrics/eval.json").read_text())["valid"]
+    assert re.search(rf"^step 290: valid_loss {figures['loss']:.4f}, valid_ppl", piped.stdout, re.M)
+    assert re.search(rf"^valid ppl +{figures['ppl']:.2f}$", piped.stdout, re.M)
+    assert re.search(rf"^bits per byte +{figures['bits_per_byte']:.4f}$", piped.stdout, re.M)
+
+    shutil.rmtree(project / "models/checkpoints")  # else there is nothing left to train
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 100))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["dvc", "repro", "--force", "--single-item", "train"]
+    training = subprocess.Popen(command, cwd=project, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 1 << 16)
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+    assert training.wait() == 0
+    shown = shown.decode()
+    bars = re.findall(r"training: +\d+%.*?loss \d\.\d{3}, valid \d\.\d{3}, [\d,]+ tokens/s", shown)
+    assert bars
+    assert max(len(line) for line in re.split(r"[\r\n]+", shown) if line.startswith("training:")) <= 100
+    # Each validation's line stands on a line of its own.
+    assert re.search(r"[\r\n]step 290: valid_loss [\d.]+, valid_ppl [\d.]+\r\n", shown)
+
+
+def test_git_without_a_commit(project):
+    """DVCLive fails there; the training doesn't."""
+    shutil.rmtree(project / ".git")
+    run("git", "init", "-q", cwd=project)
+    done = run(*TRAIN, "--trainer.max_epochs", "null", "--trainer.max_steps", "4", cwd=project)
+    assert "note: DVCLive can't follow this training: Empty git repo" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(project.glob("logs/*/events*"))  # TensorBoard has it

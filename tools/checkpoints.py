@@ -1,0 +1,37 @@
+"""Lists the checkpoints of interrupted trainings in models/checkpoints/; --clean deletes them.
+
+The train stage keeps a folder a run here. Its name starts the run's identity, a hash of all the
+settings, data and code that decide the run's result, so that only the same run goes on from it.
+"""
+
+import shutil
+import sys
+
+from stages.common.errors import UserError, run
+from stages.common.paths import CHECKPOINTS
+from stages.training.checkpoints import training_lock
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if set(arguments) & {"-h", "--help"}:
+        print(f"usage: python -m tools.checkpoints [--clean]\n\n{__doc__}")
+        return
+    if arguments not in ([], ["--clean"]):
+        raise UserError(f"python -m tools.checkpoints takes --clean or nothing, not {' '.join(arguments)!r}")
+    clean = bool(arguments)
+    lock = training_lock(wait=False) if clean else None
+    for folder in sorted(CHECKPOINTS.glob("*/")):
+        size = sum(file.stat().st_size for file in folder.rglob("*"))
+        newest = max(folder.glob("step-*.ckpt"), default=None)
+        step = f"step {int(newest.stem.removeprefix('step-')):,}" if newest else "no checkpoint"
+        step = "finished" if (folder / "final.ckpt").exists() else step
+        print(f"{folder}: {step}, {size / 2**20:,.1f} MiB{', deleted' if clean else ''}")
+        if clean:
+            shutil.rmtree(folder)
+    if lock:
+        lock.close()
+
+
+if __name__ == "__main__":
+    run(main)
