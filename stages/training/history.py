@@ -15,14 +15,16 @@ HISTORY_POINTS = 200
 
 
 class History(Callback):
-    """Loss, learning rate and gradient norm, at points that no logging setting moves; stops at NaN."""
+    """Loss, learning rate and gradient norm, at points that no logging setting moves; stops at NaN.
+
+    The points lie a step apart at first. Whenever there are HISTORY_POINTS of them, each two become one:
+    where they lie depends on the steps done, and not on those to come.
+    """
 
     def __init__(self):
-        self.train, self.valid, self.losses = [], [], []
+        self.train, self.valid, self.losses, self.interval = [], [], [], 1
 
     def on_train_start(self, trainer, module) -> None:
-        steps = trainer.estimated_stepping_batches
-        self.interval = max(1, math.ceil(steps / HISTORY_POINTS)) if math.isfinite(steps) else 100
         self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
         # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
         self.each_step = module.device.type == "cpu" and trainer.world_size == 1
@@ -59,6 +61,15 @@ class History(Callback):
                 }
             )
             self.losses = []
+            if len(self.train) == HISTORY_POINTS:
+                self.thin_out()
+
+    def thin_out(self) -> None:
+        self.interval *= 2
+        self.train = [
+            later | {"train_loss": (earlier["train_loss"] + later["train_loss"]) / 2}
+            for earlier, later in zip(self.train[::2], self.train[1::2], strict=True)
+        ]
 
     def tokens(self, trainer) -> int:
         return trainer.fit_loop.epoch_loop.batch_progress.total.processed * self.T * self.batch_size
@@ -92,10 +103,11 @@ class History(Callback):
             )
 
     def state_dict(self) -> dict:
-        return {"train": self.train, "valid": self.valid, "losses": [loss.cpu() for loss in self.losses]}
+        losses = [loss.cpu() for loss in self.losses]
+        return {"train": self.train, "valid": self.valid, "losses": losses, "interval": self.interval}
 
     def load_state_dict(self, state: dict) -> None:
-        self.train, self.valid, self.losses = state["train"], state["valid"], state["losses"]
+        vars(self).update(state)
 
     def write(self, folder: Path) -> None:
         columns = {

@@ -53,7 +53,7 @@ def killed(built, tmp_path_factory) -> Path:
     shutil.copytree(built, project)
     shutil.rmtree(project / "logs")
     # As often as the history has its points, so that the two can be compared.
-    set_params(project, "runtime.log_every_n_steps=2", "runtime.checkpoint_every_n_steps=100")
+    set_params(project, "runtime.log_every_n_steps=2", "runtime.checkpoint_every_n_steps=200")
     run("git", "commit", "-qam", "log often", cwd=project)
     training = subprocess.Popen(TRAIN, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: logged_step(project) >= 20)
@@ -61,7 +61,7 @@ def killed(built, tmp_path_factory) -> Path:
     (project / "seen.json").write_text(run("dvc", "metrics", "show", "--json", cwd=project).stdout)
     (project / "plots.json").write_text(run("dvc", "plots", "show", "--json", cwd=project).stdout)
     training.send_signal(signal.SIGCONT)
-    wait_for(lambda: logged_step(project) >= 150)
+    wait_for(lambda: logged_step(project) >= 220)
     assert training.poll() is None
     training.kill()
     training.wait()
