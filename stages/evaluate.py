@@ -42,12 +42,12 @@ def main() -> None:
     model = load_model(MODEL)
     tokenizer = load_tokenizer(MODEL)
     train = load_split("train")
-    if train.tokenizer != tokenizer[2]:
+    if train.tokenizer != tokenizer.fingerprint:
         raise UserError(f"{BLOCKS} was made by another tokenizer than {MODEL}'s: run `dvc repro`")
     figures, plots = {}, {}
     for name in ("valid", "test"):
         split = load_split(name)
-        figures[name], plots[name] = figures_of(model, split, settings.evaluate, tokenizer[1])
+        figures[name], plots[name] = figures_of(model, split, settings.evaluate, tokenizer.end_of_text)
         figures[name]["unigram_ppl"] = unigram_ppl(train, split)
     samples = [
         continuation(model, tokenizer, prompt, settings.generate, settings.generate.seed)
@@ -84,7 +84,7 @@ def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:
     except Exception as error:  # a damaged or hostile file can fail in any way
         why = str(error).strip().split("\n")[0]
         raise UserError(f"--model: {path} is no checkpoint of this project's train stage: {why}") from None
-    if checkpoint["tokenizer"] != load_tokenizer(TOKENIZER)[2]:
+    if checkpoint["tokenizer"] != load_tokenizer(TOKENIZER).fingerprint:
         raise UserError(f"--model: {path} was trained with another tokenizer than {TOKENIZER}")
     return model, TOKENIZER
 

@@ -9,7 +9,7 @@ from stages.text.streams import write_blocks
 def main() -> None:
     settings = load(make_parser("stages.tokenize_blocks", __doc__))
     files = {"train": settings.data.train_file, "valid": settings.data.valid_file, "test": settings.data.test_file}
-    counts = write_blocks(files, settings.data.document, TOKENIZER, BLOCKS)
+    counts = write_blocks(files, settings.data.document, TOKENIZER, BLOCKS, settings.tokenizer.lossy)
     for split, count in counts.items():
         print(f"{split}: {count['tokens']:,} tokens, {count['documents']:,} documents, {count['bytes']:,} bytes")
 

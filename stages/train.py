@@ -37,16 +37,16 @@ def main() -> None:
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
-    tokenizer, end_of_text, fingerprint = load_tokenizer(TOKENIZER)
-    check_data(settings, train, valid, fingerprint)
+    tokenizer = load_tokenizer(TOKENIZER)
+    check_data(settings, train, valid, tokenizer.fingerprint)
 
     pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
     if settings.model.from_pretrained is None:
-        model = gpt2.new_model(settings.model, train.vocab_size, end_of_text)
+        model = gpt2.new_model(settings.model, train.vocab_size, tokenizer.end_of_text)
     else:
-        model = gpt2.pretrained_model(settings.model, tokenizer.get_vocab(), end_of_text)
+        model = gpt2.pretrained_model(settings.model, tokenizer)
     identity = run_identity(settings, parser, train, valid)
-    checkpoints, history = Checkpoints(identity, fingerprint, settings.runtime), History()
+    checkpoints, history = Checkpoints(identity, tokenizer.fingerprint, settings.runtime), History()
     module = LanguageModel(model, settings)
     blocks = Blocks(train, valid, settings)
     trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])

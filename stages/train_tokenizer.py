@@ -1,4 +1,4 @@
-"""Makes models/tokenizer/: a tokenizer that loses no byte, trained on train_file or taken as it is."""
+"""Makes models/tokenizer/: a tokenizer trained on train_file, or taken as it is."""
 
 import random
 import re
@@ -14,12 +14,11 @@ from stages.common.files import new_folder
 from stages.common.paths import TOKENIZER
 from stages.common.settings import load, make_parser
 from stages.text.documents import open_text, pieces
-from stages.text.tokenizers import existing
+from stages.text.tokenizers import JsonTokenizer, existing
 
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
@@ -33,40 +32,46 @@ SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there ar
 def main() -> None:
     settings = load(make_parser("stages.train_tokenizer", __doc__))
     if settings.tokenizer.tokenizer_model is not None:
-        tokenizer = existing(settings.tokenizer.tokenizer_model)
+        with open_text(settings.data.train_file) as text:
+            texts = pieces(text, 0, min(len(text), SAMPLE_SPAN_BYTES), settings.data.train_file)
+            tokenizer, roles = existing("tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model, texts)
     else:
-        tokenizer = train(settings.data.train_file, settings.tokenizer)
+        tokenizer = JsonTokenizer(train(settings.data.train_file, settings.tokenizer), END_OF_TEXT, set())
+        roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     with new_folder(TOKENIZER) as folder:
-        tokenizer.save_pretrained(folder)
-    print(f"{TOKENIZER}: {len(tokenizer):,} entries")
+        tokenizer.save(folder, roles)
+    print(f"{TOKENIZER}: {len(tokenizer.vocab):,} entries")
 
 
-def train(path: str, settings) -> PreTrainedTokenizerFast:
+def train(path: str, settings) -> Tokenizer:
     """A byte-level tokenizer: the pre-tokenizer maps the 256 bytes to 256 characters that are all in
-    the vocabulary, so every text can be encoded and decoding gives its exact bytes
+    the vocabulary, so every text can be encoded and decoding gives its exact bytes, or with
+    normalization those of the normalized text
     (https://github.com/openai/gpt-2, bytes_to_unicode in src/encoder.py)."""
     with open_text(path):
         pass  # a missing or empty file is an error for the byte tokenizer too
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    end_of_text = AddedToken(END_OF_TEXT, special=True, normalized=False)
+    normalizer = normalizers.NFKC() if settings.normalization else None
+    control = [AddedToken(t, special=True, normalized=False) for t in (END_OF_TEXT, *settings.special_tokens)]
     if settings.algorithm == "bpe":
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = byte_level
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, byte_level
         trainer = trainers.BpeTrainer(
-            vocab_size=settings.vocab_size, special_tokens=[end_of_text], initial_alphabet=alphabet, show_progress=False
+            vocab_size=settings.vocab_size, special_tokens=control, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(sample(path, settings), trainer)
     elif settings.algorithm == "unigram":
-        tokenizer = Tokenizer(unigram_model(sample(path, settings), byte_level, alphabet, settings.vocab_size - 1))
-        tokenizer.pre_tokenizer = byte_level
-        tokenizer.add_special_tokens([end_of_text])
+        texts = chain.from_iterable(sample(path, settings))
+        texts = map(normalizer.normalize_str, texts) if normalizer else texts
+        tokenizer = Tokenizer(unigram_model(texts, byte_level, alphabet, settings.vocab_size - len(control)))
+        tokenizer.add_special_tokens(control)
     else:
-        # Token id = byte value, end-of-text = 256.
+        # Token id = byte value, end-of-text = 256, then special_tokens.
         characters = {character: value for value, character in bytes_to_characters().items()}
         tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
-        tokenizer.pre_tokenizer = byte_level
-        tokenizer.add_special_tokens([end_of_text])
+        tokenizer.add_special_tokens(control)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, byte_level
     tokenizer.decoder = decoders.ByteLevel()
     if settings.algorithm != "byte" and tokenizer.get_vocab_size() < settings.vocab_size:
         print(
@@ -74,13 +79,7 @@ def train(path: str, settings) -> PreTrainedTokenizerFast:
             f"fewer than tokenizer.vocab_size {settings.vocab_size:,}",
             file=sys.stderr,
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        unk_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
 
 
 def bytes_to_characters() -> dict[int, str]:
@@ -129,14 +128,14 @@ def cut_long_runs(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-def unigram_model(texts: Iterator[list[str]], byte_level, alphabet: list[str], size: int) -> models.Unigram:
+def unigram_model(texts: Iterator[str], byte_level, alphabet: list[str], size: int) -> models.Unigram:
     """A Unigram model of at most `size` pieces, trained by sentencepiece on the byte-level words.
 
     tokenizers' own Unigram trainer gives other pieces at every run; sentencepiece with one
     thread, on words in sorted order, gives the same ones.
     """
     words = Counter()
-    for text in chain.from_iterable(texts):
+    for text in texts:
         words.update(word for word, _ in byte_level.pre_tokenize_str(text))
     # Bytes that the text doesn't have are pieces too, so that every text can be encoded.
     unseen = sorted(set(alphabet).difference(*words))

@@ -10,7 +10,7 @@ from stages.common.paths import MODEL
 from stages.common.settings import Count, load, make_parser, take_option
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
-from stages.text.tokenizers import load_tokenizer, vocab_size_of
+from stages.text.tokenizers import load_tokenizer
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     except UnicodeEncodeError:
         raise UserError("--prompt: not UTF-8 text: write it in the terminal's encoding, UTF-8") from None
     model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
-    if (size := vocab_size_of(tokenizer[0])) > model.config.vocab_size:
+    if (size := tokenizer.vocab_size) > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {size:,} tokens, its model only {model.config.vocab_size:,}")
     for i in range(settings.samples):
         print(continuation(model, tokenizer, settings.prompt, settings.generate, settings.generate.seed + i))

@@ -79,14 +79,20 @@ class Tokenizer:
 
     Args:
         tokenizer_model: Hugging Face id or folder of a tokenizer to use instead of training one.
+        lossy: refuse or allow a tokenizer that doesn't give the exact text back.
         algorithm: bpe (byte-level), unigram, or byte (256 bytes and end-of-text, no training).
-        vocab_size: entries of a trained tokenizer, end-of-text included.
+        normalization: what is done to text before it is encoded: null (nothing) or nfkc.
+        special_tokens: control tokens of a trained tokenizer, beside end-of-text.
+        vocab_size: entries of a trained tokenizer, end-of-text and special_tokens included.
         sample_bytes: train on a sample of this many bytes when train_file is larger.
         sample_seed: seed of that sample.
     """
 
     tokenizer_model: str | None
+    lossy: Literal["refuse", "allow"]
     algorithm: Literal["bpe", "unigram", "byte"]
+    normalization: Literal["nfkc"] | None
+    special_tokens: list[str]
     vocab_size: Count
     sample_bytes: Count
     sample_seed: Seed
@@ -455,12 +461,16 @@ def _check_combinations(settings: Namespace, given: dict[str, tuple[str, str]]) 
     for key in ("train_file", "valid_file", "test_file"):
         if not settings.data[key].strip():
             fail(f"data.{key}", "empty: name a UTF-8 text file")
-    if tokenizer.tokenizer_model is None and tokenizer.algorithm != "byte" and tokenizer.vocab_size <= BYTE_ALPHABET:
+    least = BYTE_ALPHABET + 1 + len(tokenizer.special_tokens)
+    if tokenizer.tokenizer_model is None and tokenizer.algorithm != "byte" and tokenizer.vocab_size < least:
         fail(
             "tokenizer.vocab_size",
-            f"{tokenizer.vocab_size} is below the byte alphabet: at least {BYTE_ALPHABET + 1} "
-            "(256 bytes and end-of-text), or set tokenizer.algorithm: byte",
+            f"{tokenizer.vocab_size} is below the byte alphabet: at least {least} "
+            "(256 bytes, end-of-text and special_tokens), or set tokenizer.algorithm: byte",
         )
+    for token in tokenizer.special_tokens:
+        if not token.strip() or len(token) < 2 or tokenizer.special_tokens.count(token) > 1:
+            fail("tokenizer.special_tokens", f"{token!r}: must be two or more characters, and stand there once")
     if model.from_pretrained is None and model.n_embd % model.n_head:
         fail("model.n_embd", f"{model.n_embd} is not divisible by model.n_head {model.n_head}: change one of them")
     if settings.evaluate.stride is not None and settings.evaluate.stride > model.block_size:

@@ -10,12 +10,13 @@ from pathlib import Path
 from stages.common.errors import UserError
 from stages.common.hub import is_local
 from stages.model import ops
+from stages.text.tokenizers import TextTokenizer, encodes_alike, existing
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 # Its notes and loading bars are about choices made here on purpose.
@@ -50,11 +51,11 @@ def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
         raise UserError("model: no memory for one of this size: lower model.n_embd or tokenizer.vocab_size") from None
 
 
-def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2LMHeadModel:
+def pretrained_model(settings, tokenizer: TextTokenizer) -> GPT2LMHeadModel:
     """The GPT-2 of model.from_pretrained, ready to be fine-tuned.
 
     Raises:
-        UserError: it can't be had, is no GPT-2, has too few positions, or another vocabulary.
+        UserError: it can't be had, is no GPT-2, has too few positions, or another tokenizer.
     """
     name, key = settings.from_pretrained, "model.from_pretrained"
     options = {"local_files_only": is_local(key, name, "model.safetensors"), "trust_remote_code": False}
@@ -69,22 +70,22 @@ def pretrained_model(settings, vocab: dict[str, int], end_of_text: int) -> GPT2L
         raise UserError(
             f"model.block_size: {settings.block_size} is above the {config.n_positions} positions of {name!r}: lower it"
         )
-    if max(vocab.values()) >= config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{key}: {name!r} has {config.vocab_size:,} tokens, the tokenizer {max(vocab.values()) + 1:,}: "
+            f"{key}: {name!r} has {config.vocab_size:,} tokens, the tokenizer {tokenizer.vocab_size:,}: "
             f"set tokenizer.tokenizer_model to {name!r} too"
         )
     try:
-        its_vocab = AutoTokenizer.from_pretrained(name, **options).get_vocab()
-    except Exception:
-        its_vocab = vocab  # a model saved without its tokenizer: only the size can be compared
-    if its_vocab != vocab:
+        same = encodes_alike(tokenizer, existing(key, name)[0])
+    except UserError:
+        same = True  # a model saved without its tokenizer: only the size can be compared
+    if not same:
         raise UserError(
             f"{key}: {name!r} was trained with another tokenizer than models/tokenizer's: "
             f"set tokenizer.tokenizer_model to {name!r} too"
         )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = settings.dropout
-    config.bos_token_id = config.eos_token_id = end_of_text
+    config.bos_token_id = config.eos_token_id = tokenizer.end_of_text
     return load_model(name, config, local_files_only=options["local_files_only"])
 
 

@@ -1,6 +1,7 @@
 """Text from a model: one token after another, until end-of-text."""
 
 from stages.model.gpt2 import logits
+from stages.text.tokenizers import TextTokenizer
 
 import torch
 from transformers import GPT2LMHeadModel
@@ -13,17 +14,15 @@ from transformers.generation.logits_process import (
 
 
 @torch.inference_mode()
-def continuation(model: GPT2LMHeadModel, tokenizer, prompt: str, settings, seed: int) -> str:
+def continuation(model: GPT2LMHeadModel, tokenizer: TextTokenizer, prompt: str, settings, seed: int) -> str:
     """A prompt and what the model adds to it, up to end-of-text or max_new_tokens.
 
     Args:
         model: in evaluation mode.
-        tokenizer: what `load_tokenizer` returns.
         prompt: any text; it starts a document. The model sees the last n_positions tokens.
         settings: the generate group.
         seed: of torch's random numbers.
     """
-    encoder, end_of_text, _ = tokenizer
     choose = LogitsProcessorList()
     if settings.temperature not in (0.0, 1.0):
         choose.append(TemperatureLogitsWarper(settings.temperature))
@@ -32,7 +31,7 @@ def continuation(model: GPT2LMHeadModel, tokenizer, prompt: str, settings, seed:
     if settings.top_p < 1:
         choose.append(TopPLogitsWarper(settings.top_p))
     generator = torch.Generator().manual_seed(seed)
-    ids = [end_of_text, *encoder.encode(prompt, add_special_tokens=False).ids]
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
     for _ in range(settings.max_new_tokens):
         context = torch.tensor([ids[-model.config.n_positions :]], device=model.device)
         scores = logits(model, context)[:, -1].float()
@@ -41,7 +40,7 @@ def continuation(model: GPT2LMHeadModel, tokenizer, prompt: str, settings, seed:
         else:
             probabilities = choose(context, scores).softmax(-1).cpu()
             token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == end_of_text:
+        if token == tokenizer.end_of_text:
             break
         ids.append(token)
-    return encoder.decode(ids[1:], skip_special_tokens=False)
+    return tokenizer.decode(ids[1:])

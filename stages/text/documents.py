@@ -88,12 +88,7 @@ def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
         stop = min(start + PIECE_BYTES, end)
         while stop < end and text[stop] & 0xC0 == 0x80 and stop > start + PIECE_BYTES - 4:
             stop -= 1
-        try:
-            piece = text[start:stop].decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: not UTF-8 at byte offset {start + error.start:,}: convert the file to UTF-8"
-            ) from None
+        piece = decoded(text, start, stop, path)
         if stop < end:
             cuts = [match.end() for match in SAFE_CUT.finditer(piece, len(piece) - 4096 if len(piece) > 4096 else 0)]
             if cuts:
@@ -103,6 +98,20 @@ def pieces(text: mmap.mmap, start: int, end: int, path: str) -> Iterator[str]:
         if stop - start > PIECE_BYTES // 2:
             release(text, start, stop)
         start = stop
+
+
+def decoded(text: mmap.mmap, start: int, end: int, path: str) -> str:
+    """The text between two byte offsets.
+
+    Raises:
+        UserError: the bytes are not UTF-8; it names the offset of the first bad one.
+    """
+    try:
+        return text[start:end].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 at byte offset {start + error.start:,}: convert the file to UTF-8"
+        ) from None
 
 
 def release(text: mmap.mmap, start: int, end: int) -> None:

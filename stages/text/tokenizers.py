@@ -1,93 +1,347 @@
-"""Tokenizers: from folders and the hub, what identifies one, and whether it gives the exact text back."""
+"""Tokenizers: from folders and the hub, how they make token ids of text, and what identifies one."""
 
 import hashlib
 import json
+import os
+import re
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from stages.common.errors import UserError, one_line
 from stages.common.hub import is_local
 
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import numpy as np
+import sentencepiece
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+SENTENCEPIECE_FILE = "spiece.model"
+# The roles that tokens may have in tokenizer_config.json.
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+# GPT-2's pattern (https://github.com/openai/gpt-2, src/encoder.py) never joins a visible character with white
+# space after it, nor a letter with a punctuation mark of East Asia: a cut there changes no token, with NFKC too.
+SAFE_CUT = re.compile(r"\S(?=[ \n])|[ぁ-ゖァ-ヺー一-鿿가-힣](?=[、。「」『』])")
+# Where tokenizers and their conversions are known to differ.
+HARD_TEXTS = (
+    "It's we'll I'D don''t  two   spaces\ttab\r\nline\n\n\n lines \n",
+    " leading and trailing ",
+    "\n\t x = {'a': [1, 23, 456, 7890], \"b\": 3.14e-10};  // 12345678 ABCdefGHI snake_case $%&",
+    "ＡＢＣ　１２３ ﾊﾝｶｸ ｶﾞ か\u3099 が ㍿ ① ﬁ ½ ²  今日は良い天気です。「鬱」吾輩は猫である、名前はまだ無い。",
+    "e\u0301 é A\u030a Å ô\u0323 \u1100\u1161\u11a8 각 नमस्ते สวัสดี مرحبا שָׁלוֹם Привет ελληνικά",
+    "👩‍💻 🇯🇵 ❤️ 👍🏽 \ufeff\ufffd\u200b\u00a0\u00ad\u2028\x00\x01\x7f\x85\uffff\U0010ffff\U0001fae8",
+    "▁ ▁▁a Ġ Ċ <0x0A> ## @@ </w> <s> </s> <unk> <pad> [SEP] <|endoftext|> <|im_start|><extra_id_0>",
+    "a" * 300 + " " * 40 + "=" * 90 + "あ" * 70,
+)
 
 
-def existing(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a Hugging Face id or folder.
+class TextTokenizer(ABC):
+    """A tokenizer as this project uses it. Text that spells a control token is encoded as the text that it is.
 
-    Raises:
-        UserError: it can't be had or read, is no fast tokenizer, or has no end-of-text token.
+    Args:
+        vocab: the id of each token.
+        end_of_text: id of the token between documents.
+        unknown: id of the token for what the vocabulary lacks, if there is one.
+        fingerprint: a hash of what decides the token ids.
+        loses_nothing: whether its kind guarantees that decoding gives the exact text.
+        cut: where a document may be cut without a change to its ids; None: nowhere.
     """
-    key = "tokenizer.tokenizer_model"
-    local = is_local(key, name, "tokenizer.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except Exception as error:  # the hub, the files and the tokenizer's own code each raise their own
-        why = one_line(error)
-        raise UserError(f"{key}: {name!r} holds no working tokenizer ({why}): use another, or null") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{key}: {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json")
-    return tokenizer
+
+    vocab: dict[str, int]
+    end_of_text: int
+    unknown: int | None
+    fingerprint: str
+    loses_nothing = False
+    cut: re.Pattern | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id: what an embedding must hold (ids may have gaps)."""
+        return max(self.vocab.values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    @abstractmethod
+    def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, (N,) uint32, and where in them each text ends, (len(texts),) int64."""
+
+    @abstractmethod
+    def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_batch([ids])[0]
+
+    @abstractmethod
+    def save(self, folder: str | Path, config: dict) -> None:
+        """Writes what `load_tokenizer` and AutoTokenizer read.
+
+        Args:
+            config: the roles of tokens, as in tokenizer_config.json.
+        """
 
 
-def load_tokenizer(folder: str | Path) -> tuple[Tokenizer, int, str]:
-    """The tokenizer of a folder, its end-of-text id and its fingerprint.
+class JsonTokenizer(TextTokenizer):
+    """A tokenizer.json, by the tokenizers library."""
 
-    Text that spells a special token is encoded as the text that it is.
+    def __init__(self, tokenizer: Tokenizer, end_of_text: str, control: set[str]):
+        """
+        Args:
+            end_of_text: the token between documents.
+            control: tokens that text never becomes, beside the special ones of tokenizer.json.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        state = json.loads(tokenizer.to_str())
+        if state["model"].get("dropout") is not None:
+            state["model"]["dropout"] = None
+            tokenizer = Tokenizer.from_str(json.dumps(state))
+        self.tokenizer, self.vocab = tokenizer, tokenizer.get_vocab(with_added_tokens=True)
+        self.end_of_text = self.vocab[end_of_text]
+        self.fingerprint = fingerprint(state, self.end_of_text)
+        self.loses_nothing, self.cut = loses_nothing(state), SAFE_CUT if has_safe_cuts(state) else None
+        unknown = unknown_token(state["model"])
+        self.unknown = self.vocab.get(unknown)
+        control = {end_of_text} | control | {token["content"] for token in state["added_tokens"] if token["special"]}
+        self.encoder = Tokenizer.from_str(json.dumps(out_of_reach(state, control)))
+        self.encoder.encode_special_tokens = True
+
+    def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
+        ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(ids), np.uint32, ends[-1]), ends
+
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        return self.tokenizer.decode_batch(ids, skip_special_tokens=False)
+
+    def save(self, folder: str | Path, config: dict) -> None:
+        self.tokenizer.save(str(Path(folder, "tokenizer.json")))
+        # transformers 5 would write TokenizersBackend, which transformers 4 doesn't know.
+        write_config(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **config})
+
+
+class SentencePieceTokenizer(TextTokenizer):
+    """A SentencePiece model, by its own library: conversions to tokenizer.json normalize some texts otherwise."""
+
+    def __init__(self, path: str | Path, end_of_text: str, control: set[str]):
+        self.path, raw = path, Path(path).read_bytes()
+        self.model = sentencepiece.SentencePieceProcessor(model_proto=out_of_reach_of_sentencepiece(raw, control))
+        self.vocab = {self.model.id_to_piece(i): i for i in range(self.model.get_piece_size())}
+        self.end_of_text, self.unknown = self.vocab[end_of_text], self.model.unk_id()
+        self.fingerprint = hashlib.sha256(raw + str(self.end_of_text).encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.model.encode(texts, out_type=int, num_threads=1)
+        ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(ids), np.uint32, ends[-1]), ends
+
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        return self.model.decode(ids)
+
+    def save(self, folder: str | Path, config: dict) -> None:
+        shutil.copyfile(self.path, Path(folder, SENTENCEPIECE_FILE))
+        # The class of transformers 4 and 5 that takes its ids from SentencePiece itself. It would add a sep_token.
+        config = {"sep_token": config["eos_token"], **config}
+        write_config(folder, {"tokenizer_class": "BertGenerationTokenizer", **config})
+
+
+def write_config(folder: str | Path, config: dict) -> None:
+    text = json.dumps({"clean_up_tokenization_spaces": False, **config}, indent=2, ensure_ascii=False)
+    Path(folder, "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer of a folder.
 
     Raises:
         UserError: the folder holds no tokenizer that works.
     """
+    folder = Path(folder)
     try:
-        raw = Path(folder, "tokenizer.json").read_bytes()
-        tokenizer = Tokenizer.from_buffer(raw)
-        config = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
-        end_of_text = config["eos_token"]
-        end_of_text = end_of_text["content"] if isinstance(end_of_text, dict) else end_of_text
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokens = {role: config[role] for role in ROLES if config.get(role)}
+        tokens = {role: token["content"] if isinstance(token, dict) else token for role, token in tokens.items()}
+        end_of_text = tokens["eos_token"]
+        if (folder / "tokenizer.json").exists() or not (folder / SENTENCEPIECE_FILE).exists():
+            raw = (folder / "tokenizer.json").read_bytes()
+            return JsonTokenizer(Tokenizer.from_buffer(raw), end_of_text, set(tokens.values()))
+        return SentencePieceTokenizer(folder / SENTENCEPIECE_FILE, end_of_text, set(tokens.values()))
     except Exception as error:  # tokenizers raises plain Exception
+        if isinstance(error, KeyError) and "end_of_text" in locals():
+            raise UserError(f"{folder}: its end-of-text token {end_of_text!r} is not in its vocabulary") from None
         why = one_line(error)
         raise UserError(f"{folder}: no working tokenizer ({why}): make it again with `dvc repro`") from None
-    end_of_text_id = tokenizer.token_to_id(str(end_of_text))
-    if end_of_text_id is None:
-        raise UserError(f"{folder}: its end-of-text token {end_of_text!r} is not in its vocabulary")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer, end_of_text_id, fingerprint(tokenizer, end_of_text_id)
 
 
-def fingerprint(tokenizer: Tokenizer, end_of_text_id: int) -> str:
+def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokenizer, dict]:
+    """The tokenizer of a Hugging Face id or folder, as its files say, and the roles of its tokens.
+
+    Args:
+        key: the setting that names it.
+        texts: where AutoTokenizer's ids are compared with it, beside HARD_TEXTS.
+    Raises:
+        UserError: it can't be had or read, or has no end-of-text token.
+    """
+    local = is_local(key, name, "tokenizer.json", SENTENCEPIECE_FILE)
+    try:
+        auto = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        tokens = {role: str(getattr(auto, role)) for role in ROLES if getattr(auto, role, None)}
+        if auto.eos_token_id is None:
+            raise UserError(f"{key}: {name!r} has no end-of-text token: set eos_token in its tokenizer_config.json")
+        tokenizer, source = of_files(name, auto, tokens)
+    except UserError:
+        raise
+    except Exception as error:  # the hub, the files and the tokenizer's own code each raise their own
+        why = one_line(error)
+        raise UserError(f"{key}: {name!r} holds no working tokenizer ({why}): use another, or null") from None
+    if tokenizer is None:
+        raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
+    if auto.is_fast and getattr(auto.backend_tokenizer.model, "dropout", None):
+        auto.backend_tokenizer.model.dropout = None
+        print(f"note: {key}: {name!r} drops merges at random (dropout): this is off here", file=sys.stderr)
+    special = auto.get_added_vocab()  # control tokens to AutoTokenizer where a text spells them
+    texts = (text for text in chain(HARD_TEXTS, texts) if not any(token in text for token in special))
+    if any(auto.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts):
+        print(
+            f"note: {key}: transformers' {type(auto).__name__} gives other ids than the {source} of {name!r}: "
+            f"those of {source} are used",
+            file=sys.stderr,
+        )
+    tokens = {role: token for role, token in tokens.items() if token in tokenizer.vocab}
+    return tokenizer, tokens
+
+
+def of_files(name: str, auto, tokens: dict[str, str]) -> tuple[TextTokenizer | None, str]:
+    """The tokenizer that a folder's or id's files hold, and the file it is from. What AutoTokenizer makes of
+    them may differ: transformers 5 builds some classes anew from the vocabulary, without the file's other parts.
+
+    Args:
+        auto: what AutoTokenizer makes of them.
+        tokens: the roles of its tokens.
+    """
+    control = set(tokens.values())
+    if path := file_of(name, "tokenizer.json"):
+        return JsonTokenizer(Tokenizer.from_file(path), tokens["eos_token"], control), "tokenizer.json"
+    for file in type(auto).vocab_files_names.values():
+        if file.endswith(".model") and (path := file_of(name, file)):
+            tokenizer = SentencePieceTokenizer(path, tokens["eos_token"], control)
+            pieces = [piece for piece, i in tokenizer.vocab.items() if not tokenizer.model.is_control(i)]
+            same = auto.convert_tokens_to_ids(pieces) == [tokenizer.vocab[piece] for piece in pieces]
+            added = [t.content for t in auto.added_tokens_decoder.values() if not t.special]
+            if same and set(added) <= tokenizer.vocab.keys():
+                return tokenizer, file
+    if auto.is_fast:
+        return JsonTokenizer(auto.backend_tokenizer, tokens["eos_token"], control), "vocabulary"
+    return None, ""
+
+
+def file_of(name: str, file: str) -> str | None:
+    """The path of a folder's file, or of a cached id's."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = os.path.join(name, file) if os.path.isdir(name) else try_to_load_from_cache(name, file)
+    return path if isinstance(path, str) and os.path.isfile(path) else None
+
+
+def encodes_alike(one: TextTokenizer, other: TextTokenizer) -> bool:
+    """Whether two tokenizers have one vocabulary, and the same ids for HARD_TEXTS."""
+    same = one.vocab == other.vocab and one.end_of_text == other.end_of_text
+    return same and all(one.encode(text) == other.encode(text) for text in HARD_TEXTS)
+
+
+def fingerprint(state: dict, end_of_text: int) -> str:
     """Of what decides the token ids: however often a tokenizer is saved anew, it stays the same."""
-    state = json.loads(tokenizer.to_str())
-    for key in ("version", "truncation", "padding", "post_processor"):
-        state.pop(key, None)
-    state["end_of_text_id"] = end_of_text_id
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    state = {k: v for k, v in state.items() if k not in ("version", "truncation", "padding", "post_processor")}
+    return hashlib.sha256(json.dumps(state | {"end_of_text_id": end_of_text}, sort_keys=True).encode()).hexdigest()
 
 
-def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """One more than the highest id: what an embedding must hold (ids may have gaps)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def unknown_token(model: dict) -> str | None:
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
-def loses_no_byte(tokenizer: Tokenizer) -> bool:
-    """Whether its kind guarantees that decoding gives the exact text: byte-level, and nothing normalized."""
+def out_of_reach(state: dict, control: set[str]) -> dict:
+    """A tokenizer whose model can't make control tokens of text that spells them: their names are changed to ones
+    that no text has. A Unigram vocabulary would match them, and BPE could merge their letters.
+
+    Args:
+        state: the content of a tokenizer.json.
+    """
+    model = dict(state["model"])
+    if model["type"] == "Unigram":
+        names = {token for token, _ in model["vocab"]} & control
+        model["vocab"] = [[hidden(token) if token in names else token, score] for token, score in model["vocab"]]
+    else:
+        names = (model["vocab"].keys() & control) - {model.get("unk_token")}
+        model["vocab"] = {hidden(token) if token in names else token: i for token, i in model["vocab"].items()}
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if not names & {*pair, "".join(pair)}]
+    return state | {"model": model, "added_tokens": [t for t in state["added_tokens"] if t["content"] not in names]}
+
+
+def out_of_reach_of_sentencepiece(raw: bytes, control: set[str]) -> bytes:
+    """A SentencePiece model in which `control` are control tokens, which it makes of no text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(raw)
+    changed = [
+        piece for piece in proto.pieces if piece.piece in control and piece.type in (piece.NORMAL, piece.USER_DEFINED)
+    ]
+    for piece in changed:
+        piece.type = piece.CONTROL
+    return proto.SerializeToString() if changed else raw
+
+
+def hidden(token: str) -> str:
+    return f"{chr(0x10FFFE) * 8}{token}"
+
+
+def parts(component: dict | None, key: str) -> list[dict]:
+    """A normalizer or pre-tokenizer as the list of what it does."""
+    if component is None:
+        return []
+    return component[key] if component["type"] == "Sequence" else [component]
+
+
+def loses_nothing(state: dict) -> bool:
+    """Whether its kind guarantees that decoding gives the exact text: every byte has a token, and nothing is
+    normalized or left out.
+
+    Args:
+        state: the content of a tokenizer.json.
+    """
+    model = state["model"]
+    *splits, last = parts(state["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    vocabulary = {token for token, _ in model["vocab"]} if model["type"] == "Unigram" else model["vocab"].keys()
     return (
-        tokenizer.normalizer is None
-        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
-        and not tokenizer.pre_tokenizer.add_prefix_space
-        and isinstance(tokenizer.decoder, decoders.ByteLevel)
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= tokenizer.get_vocab().keys()
+        state["normalizer"] is None
+        and model["type"] in ("BPE", "Unigram")
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+        and last["type"] == "ByteLevel"
+        and not last["add_prefix_space"]
+        and all(split["type"] == "Split" and split["behavior"] != "Removed" for split in splits)
+        and (state["decoder"] or {}).get("type") == "ByteLevel"
+        and all(token["special"] for token in state["added_tokens"])
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= vocabulary
     )
 
 
-def check_round_trip(tokenizer: Tokenizer, batch: list, ids: list[list[int]], path: str) -> None:
-    for (piece, _, end), decoded in zip(batch, tokenizer.decode_batch(ids, skip_special_tokens=False)):
-        if decoded != piece:
-            at = next((i for i, (a, b) in enumerate(zip(piece, decoded)) if a != b), min(len(piece), len(decoded)))
-            offset = end - len(piece[at:].encode())
-            raise UserError(
-                f"{path}: at byte offset {offset:,}, the tokenizer gives back {decoded[at : at + 10]!r} "
-                f"for {piece[at : at + 10]!r}: set tokenizer.tokenizer_model to one that loses nothing"
-            )
+def has_safe_cuts(state: dict) -> bool:
+    """Whether the tokenizer splits by GPT-2's pattern, so that SAFE_CUT changes no token.
+
+    Args:
+        state: the content of a tokenizer.json.
+    """
+    split = state["pre_tokenizer"] or {"type": None}
+    return (
+        state["normalizer"] in (None, {"type": "NFKC"})
+        and split["type"] == "ByteLevel"
+        and split["use_regex"]
+        and not split["add_prefix_space"]
+        and all(token["special"] for token in state["added_tokens"])
+    )

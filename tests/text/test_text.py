@@ -208,20 +208,6 @@ def test_tokenizer_of_a_folder(tokenizers, tmp_path):
     assert decoded_documents(stream, AutoTokenizer.from_pretrained(project / "unigram")) == expected
 
 
-def test_tokenizer_that_loses_something(tokenizers, tmp_path):
-    """A tokenizer that lower-cases: the first byte that it can't give back is named."""
-    project = tmp_path / "project"
-    shutil.copytree(tokenizers, project)
-    shutil.copytree(project / "bpe", project / "models/tokenizer", dirs_exist_ok=True)
-    file = project / "models/tokenizer/tokenizer.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}))
-    (project / "data/train.txt").write_text("é the Lord\n")
-    status, _, err = run_stage(project, "tokenize_blocks")
-    assert status == 1
-    assert "error: data/train.txt: at byte offset 7, the tokenizer gives back 'l" in err
-
-
 def train_tokenizer(project, name: str, **environment: str) -> tuple[int, str, float]:
     command = [sys.executable, "-m", "stages.train_tokenizer", "--tokenizer.tokenizer_model", name]
     started = time.monotonic()

@@ -100,7 +100,7 @@ def test_a_large_test_text_has_a_small_table(built, tmp_path, monkeypatch):
     write_blocks(files, "line", built / "models/gpt2", tmp_path / "blocks")
     split, model = load_split("test", tmp_path / "blocks"), load_model(built / "models/gpt2")
     settings = SimpleNamespace(stride=None, batch_size=8)
-    end_of_text = load_tokenizer(built / "models/gpt2")[1]
+    end_of_text = load_tokenizer(built / "models/gpt2").end_of_text
     whole = evaluate.figures_of(model, split, settings, end_of_text)[1]["loss_by_document"].sort_values("document")
     assert list(whole.document) == list(range(1, 25))
     monkeypatch.setattr(evaluate, "DOCUMENT_ROWS", 3)

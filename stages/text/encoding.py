@@ -1,0 +1,156 @@
+"""Documents become token ids: those of encoding each document whole."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from stages.common.errors import UserError
+from stages.text.documents import PIECE_BYTES, decoded, release
+from stages.text.tokenizers import TextTokenizer
+
+import numpy as np
+
+BATCH_BYTES = 1 << 21  # enough for every core
+WHOLE_BYTES = 1 << 23  # the encoding of a document of this size takes a GiB
+
+
+@dataclass
+class Changes:
+    """What a tokenizer doesn't give back of the documents it encoded.
+
+    Args:
+        documents: how many differ from what their ids decode to.
+        characters: how many of their characters the decoded text lacks.
+        unknown: tokens that stand for what the vocabulary lacks.
+        first: the first difference: the document's number from 1, what it holds there, and what came back.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    unknown: int = 0
+    first: tuple[int, str, str] | None = None
+
+
+@dataclass
+class Encoder:
+    """Makes a stream of documents' ids and counts what it has made.
+
+    Args:
+        tokenizer: encodes.
+        path: what the documents are of, for messages.
+        lossy: refuse or allow: what to do when the tokenizer doesn't give a document's exact text back.
+    """
+
+    tokenizer: TextTokenizer
+    path: str
+    lossy: str
+    documents: int = 0
+    bytes: int = 0
+    words: int = 0
+    changes: Changes = field(default_factory=Changes)
+
+    def streams(self, parts: Iterator[tuple[str, bool]]) -> Iterator[np.ndarray]:
+        """The ids of a batch of documents at a time, end-of-text after each document: (n,) uint32.
+
+        Args:
+            parts: texts, and whether each ends its document.
+        Raises:
+            UserError: the tokenizer doesn't give the text back, and lossy is refuse.
+        """
+        inside_word = changed = False
+        for batch, ids, ends in self.encoded(parts):
+            if not self.tokenizer.loses_nothing:
+                changed = self.compare(batch, ids, ends, changed)
+            last = np.array([end for _, end in batch])
+            yield np.insert(ids, ends[last], self.tokenizer.end_of_text)
+            self.documents += int(last.sum())
+            for text, end in batch:
+                self.bytes += len(text) if text.isascii() else len(text.encode())
+                self.words += len(text.split())
+                # A word that is longer than a part counts once.
+                self.words -= inside_word and not text[:1].isspace()
+                inside_word = not end and not text[-1:].isspace()
+
+    def encoded(self, parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
+        """Batches of parts, their ids and where in these each part ends. The next batch is encoded meanwhile."""
+        batch, encoding = list(take(parts)), None
+        with ThreadPoolExecutor(1) as thread:
+            while batch:
+                encoding = thread.submit(self.tokenizer.encode_batch, [text for text, _ in batch])
+                following = list(take(parts))
+                ids, ends = encoding.result()
+                yield batch, ids, ends
+                batch = following
+
+    def compare(self, batch: list[tuple[str, bool]], ids: np.ndarray, ends: np.ndarray, changed: bool) -> bool:
+        """Counts what isn't given back; returns whether the document that goes on after the batch has changed.
+
+        Args:
+            changed: the same of the batch before.
+        """
+        number = self.documents + 1
+        self.changes.unknown += int(np.count_nonzero(ids == self.tokenizer.unknown))
+        decoded = self.tokenizer.decode_batch([part.tolist() for part in np.split(ids, ends[:-1])])
+        for (text, end), back in zip(batch, decoded):
+            if text != back:
+                changed = True
+                self.changes.characters += (Counter(text) - Counter(back)).total()
+                if self.changes.first is None:
+                    at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
+                    self.changes.first = number, text[at : at + 10], back[at : at + 10]
+                    if self.lossy == "refuse":
+                        raise UserError(
+                            f"{self.path}: document {number:,}: the tokenizer gives back {back[at : at + 10]!r} for "
+                            f"{text[at : at + 10]!r}: use another tokenizer, or set tokenizer.lossy: allow"
+                        )
+            if end:
+                self.changes.documents += changed
+                number, changed = number + 1, False
+        return changed
+
+
+def take(parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    size = 0
+    for part in parts:
+        yield part
+        size += len(part[0])
+        if size >= BATCH_BYTES:
+            return
+
+
+def document_parts(text, start: int, end: int, path: str, cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
+    """A document whole or, where that changes no id, in parts of bounded size.
+
+    Args:
+        text: UTF-8 bytes; start, end: where in them the document lies.
+        path: what it is of, for messages.
+        cut: where the tokenizer allows a cut.
+    Yields:
+        a part's text, and whether it ends the document.
+    Raises:
+        UserError: the bytes are not UTF-8; the document is too large to be encoded whole.
+    """
+    size = PIECE_BYTES if cut else WHOLE_BYTES
+    while start < end:
+        stop = min(start + size, end)
+        while stop < end and text[stop] & 0xC0 == 0x80 and stop > start + size - 4:
+            stop -= 1
+        part = decoded(text, start, stop, path)
+        if stop < end:
+            cuts = [match.end() for match in cut.finditer(part, max(0, len(part) - 4096))] if cut else []
+            if not cuts and size < WHOLE_BYTES:
+                size *= 2
+                continue
+            if not cuts:
+                raise UserError(
+                    f"{path}: at byte offset {start:,}, the tokenizer needs more than {WHOLE_BYTES >> 20} MiB of a "
+                    "document at once: make documents smaller with data.document"
+                )
+            part = part[: cuts[-1]]
+            stop = start + len(part.encode())
+        yield part, stop == end
+        if stop - start > PIECE_BYTES // 2:
+            release(text, start, stop)
+        start, size = stop, PIECE_BYTES
