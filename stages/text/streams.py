@@ -101,6 +101,7 @@ def write_blocks(
         UserError: a file that is missing, empty, blank or not UTF-8; a tokenizer that changes the text.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.speed_up()
     for path in files.values():
         with open_text(path):
             pass  # all files are there before the long work on the first begins
