@@ -5,7 +5,6 @@ same settings and data.
 """
 
 import re
-import shutil
 import signal
 import sys
 
@@ -15,7 +14,7 @@ from stages.common.paths import METRICS, MODEL, TOKENIZER
 from stages.common.settings import load, make_parser
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
-from stages.text.tokenizers import load_tokenizer
+from stages.text.tokenizers import copy_tokenizer, load_tokenizer
 from stages.training.checkpoints import Checkpoints, Interrupted, training_lock
 from stages.training.data import Blocks
 from stages.training.history import History
@@ -56,9 +55,9 @@ def main() -> None:
 
     if trainer.is_global_zero:
         with new_folder(MODEL) as folder:
+            model.generation_config = gpt2.sampling(model, settings.model.block_size)
             checkpoints.export(model, folder)
-            for file in sorted(TOKENIZER.iterdir()):
-                shutil.copy(file, folder / file.name)
+            copy_tokenizer(TOKENIZER, folder, settings.model.block_size)
             model_card(settings, model.num_parameters(), train, valid, checkpoints).save(folder / "README.md")
         history.write(METRICS)
         figures = write_run_figures(trainer.world_size, checkpoints, history)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 # Its notes and loading bars are about choices made here on purpose.
@@ -110,6 +110,24 @@ def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHea
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(f"{folder}: its weight file lacks {missing[0]}: make or fetch it again")
     return model
+
+
+def sampling(model: GPT2LMHeadModel, max_length: int, **options) -> GenerationConfig:
+    """How `generate` and the pipelines of transformers take texts from a model, unless they are told otherwise:
+    they draw each token, and stop where the model's positions end.
+
+    Args:
+        max_length: tokens of a text, its prompt included.
+        options: of GenerationConfig, such as temperature.
+    """
+    end_of_text = model.config.eos_token_id
+    return GenerationConfig(
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        max_length=max_length,
+        **{"do_sample": True, **options},
+    )
 
 
 def logits(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class JsonTokenizer(TextTokenizer):
         if state["model"].get("dropout") is not None:
             state["model"]["dropout"] = None
             tokenizer = Tokenizer.from_str(json.dumps(state))
-        self.tokenizer, self.vocab = tokenizer, tokenizer.get_vocab(with_added_tokens=True)
+        self.tokenizer, self.state, self.vocab = tokenizer, state, tokenizer.get_vocab(with_added_tokens=True)
         self.end_of_text = self.vocab[end_of_text]
         self.fingerprint = fingerprint(state, self.end_of_text)
         self.loses_nothing, self.cut = loses_nothing(state), SAFE_CUT if has_safe_cuts(state) else None
@@ -183,6 +183,15 @@ class SentencePieceTokenizer(TextTokenizer):
 def write_config(folder: str | Path, config: dict) -> None:
     text = json.dumps({"clean_up_tokenization_spaces": False, **config}, indent=2, ensure_ascii=False)
     Path(folder, "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: str | Path, target: str | Path, block_size: int) -> None:
+    """Puts a folder's tokenizer beside the model that knows texts of up to block_size tokens."""
+    for name in ("tokenizer.json", SENTENCEPIECE_FILE):
+        if Path(source, name).exists():
+            shutil.copyfile(Path(source, name), Path(target, name))
+    config = json.loads(Path(source, "tokenizer_config.json").read_text(encoding="utf-8"))
+    write_config(target, config | {"model_max_length": block_size})
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
