@@ -22,6 +22,13 @@ LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 GELU_PIECE = 1 << 19
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def reuse_memory() -> None:
     """Leaves freed memory to the next step, as it is, for the rest of this process.
 

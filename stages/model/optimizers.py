@@ -1,6 +1,9 @@
 """How weights are updated: AdamW, Muon beside AdamW, and the learning rate's schedule."""
 
 import math
+from collections import defaultdict
+
+from stages.model.ops import multiplies_bf16
 
 import torch
 from torch import Tensor
@@ -23,9 +26,7 @@ def make_optimizer(
     if settings.name == "muon":
         others = [p for p in matrices if all(p is not h for h in hidden)]
         optimizer = MuonAndAdamW(
-            torch.optim.Muon(
-                hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
+            Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay),
             torch.optim.AdamW([{"params": others, "weight_decay": settings.weight_decay}, no_decay], **adamw),
         )
     else:
@@ -46,10 +47,57 @@ def lr_factor(step: int, total: float, settings) -> float:
     return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
 
 
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of one shape at once.
+
+    The momentum's matrix is replaced by one with the same singular vectors and singular values near 1
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled to the size of AdamW's updates
+    (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            for p in matrices:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+            torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            same = defaultdict(list)  # a matrix and its transpose have the same singular values
+            for p, momentum in zip(matrices, momenta):
+                same[min(p.shape), max(p.shape), p.device].append((p, p.grad.lerp(momentum, group["momentum"])))
+            for (_, long, device), pairs in same.items():
+                dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
+                updates = orthogonal(torch.stack([wide(update).to(dtype) for _, update in pairs])).float()
+                torch._foreach_add_(
+                    [wide(p) for p, _ in pairs], list(updates), alpha=-0.2 * math.sqrt(long) * group["lr"]
+                )
+        return loss
+
+
+def wide(matrix: Tensor) -> Tensor:
+    return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """(N, n, m) matrices, n <= m, with all their singular values brought near 1 (0.7 to 1.2)."""
+    x = x / torch.linalg.matrix_norm(x, dtype=torch.float32, keepdim=True).clamp(min=1e-7).to(x.dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Two optimizers that Lightning and the schedule see as one."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         self.parts = (muon, adamw)
         super().__init__([p for part in self.parts for group in part.param_groups for p in group["params"]], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]

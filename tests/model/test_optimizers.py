@@ -1,0 +1,88 @@
+"""Muon against its definition in float64, and against torch's own."""
+
+from stages.model import optimizers
+
+import pytest
+import torch
+
+SHAPES = [(16, 48), (16, 16), (64, 16), (16, 64), (16, 48)]
+
+
+def gradients(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    # As a model's: some directions are much stronger than others.
+    return [torch.randn(shape, generator=generator) @ torch.diag(torch.logspace(0, -2, shape[1])) for shape in SHAPES]
+
+
+def written_out(matrices: list[torch.Tensor], steps: int, lr: float, decay: float) -> list[torch.Tensor]:
+    """Muon of Jordan et al. with the step size of Liu et al., one matrix at a time, in float64."""
+    momenta = [0.0] * len(matrices)
+    for step in range(steps):
+        for i, gradient in enumerate(gradients(step)):
+            gradient = gradient.double()
+            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
+            update = 0.05 * gradient + 0.95 * momenta[i]
+            update = update / update.norm()
+            for _ in range(5):
+                square = update @ update.T
+                update = 3.4445 * update - 4.7750 * square @ update + 2.0315 * square @ square @ update
+            matrices[i] = matrices[i] * (1 - lr * decay) - lr * 0.2 * max(update.shape) ** 0.5 * update
+    return matrices
+
+
+def stepped(optimizer: torch.optim.Optimizer, matrices: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for matrix, gradient in zip(matrices, gradients(step)):
+            matrix.grad = gradient
+        optimizer.step()
+
+
+def start() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(100)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def moved(matrices: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([(now.detach().double() - then.double()).flatten() for now, then in zip(matrices, start())])
+
+
+def test_muon_is_its_definition(monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: False)
+    matrices = start()
+    stepped(optimizers.Muon(matrices, lr=0.02, weight_decay=0.1), matrices, range(6))
+    expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
+    assert (moved(matrices) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_muon_in_bf16_is_as_exact_as_torchs(monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: True)
+    expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
+    errors = []
+    for muon, options in ((optimizers.Muon, {}), (torch.optim.Muon, {"adjust_lr_fn": "match_rms_adamw"})):
+        matrices = start()
+        stepped(muon(matrices, lr=0.02, weight_decay=0.1, **options), matrices, range(6))
+        errors.append((moved(matrices) - expected).norm() / expected.norm())
+    assert errors[0] < 1.1 * errors[1] < 0.05, errors
+
+
+def test_muon_goes_on_from_its_state(tmp_path):
+    straight, resumed = start(), start()
+    stepped(optimizers.Muon(straight, lr=0.02, weight_decay=0.1), straight, range(4))
+    first = optimizers.Muon(resumed, lr=0.02, weight_decay=0.1)
+    stepped(first, resumed, range(2))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = optimizers.Muon(resumed, lr=0.5, weight_decay=0.3)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    stepped(second, resumed, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_muon_leaves_what_has_no_gradient(frozen):
+    matrices = start()
+    matrices[frozen].requires_grad_(False)
+    optimizer = optimizers.Muon(matrices, lr=0.02, weight_decay=0.1)
+    for i, (matrix, gradient) in enumerate(zip(matrices, gradients(0))):
+        matrix.grad = None if i == frozen else gradient
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(matrices, start())] == [i == frozen for i in range(len(SHAPES))]
