@@ -49,6 +49,7 @@ class Encoder:
     documents: int = 0
     bytes: int = 0
     words: int = 0
+    characters: int = 0
     changes: Changes = field(default_factory=Changes)
 
     def streams(self, parts: Iterator[tuple[str, bool]]) -> Iterator[np.ndarray]:
@@ -68,6 +69,7 @@ class Encoder:
             self.documents += int(last.sum())
             for text, end in batch:
                 self.bytes += len(text) if text.isascii() else len(text.encode())
+                self.characters += len(text)
                 self.words += len(text.split())
                 # A word that is longer than a part counts once.
                 self.words -= inside_word and not text[:1].isspace()

@@ -149,10 +149,27 @@ def write_stream(target: Path, encoder: Encoder, document: str) -> dict:
     counts = {"tokens": tokens, **{key: getattr(encoder, key) for key in ("documents", "bytes", "words")}}
     if not tokenizer.loses_nothing:
         changes = encoder.changes
+        counts["characters"] = encoder.characters
         counts["changed_documents"] = changes.documents
         counts["lost_characters"] = changes.characters
         counts["unknown_tokens"] = changes.unknown
     return counts | {"sha256": digest.hexdigest()}
+
+
+def token_figures(counts: dict) -> dict:
+    """What metrics/tokens.json says of a split: how much text a token is, and what the tokenizer doesn't give back.
+
+    Args:
+        counts: one of those that `write_blocks` returns.
+    """
+    shares = {"lost_characters": "characters", "unknown_tokens": "tokens"}
+    return {
+        "tokens": counts["tokens"],
+        "bytes_per_token": counts["bytes"] / counts["tokens"],
+        "documents": counts["documents"],
+        "changed_documents": counts.get("changed_documents", 0),
+        **{key: counts.get(key, 0) / counts.get(of, 1) for key, of in shares.items()},
+    }
 
 
 def say_changes(encoders: dict[str, Encoder]) -> None:

@@ -188,6 +188,10 @@ def test_sentencepiece_model(template, tmp_path, cls, unk_id):
     assert counts["bytes"] == len(LOSSY.encode()) and counts["words"] == len(LOSSY.split())
     back = own.decode(own.encode(LOSSY))
     assert counts["lost_characters"] == sum(max(0, LOSSY.count(c) - back.count(c)) for c in set(LOSSY)) > 9
+    shares = json.loads((tmp_path / "metrics/tokens.json").read_text())["test"]
+    assert shares["changed_documents"] == shares["documents"] == 1
+    assert shares["lost_characters"] == counts["lost_characters"] / len(LOSSY)
+    assert shares["unknown_tokens"] == counts["unknown_tokens"] / len(stream)
     assert "documents, first 'ＡＢＣ\\u3000" in said and "to 'ABC 123 が" in said
     assert ("T5Tokenizer gives other ids than the spiece.model" in said) == (cls == "T5Tokenizer")
     made = AutoTokenizer.from_pretrained(tmp_path / "models/tokenizer")
