@@ -1,8 +1,8 @@
 """GPT-2 as transformers defines and initialises it, with a leaner forward pass of our own.
 
-Training and evaluation need next-token losses and nothing else: no cache, no attention mask, no
-output objects, and never all the logits at once. `logits` computes what `GPT2LMHeadModel.forward`
-does from the same weights; a test holds the two against each other.
+Training and evaluation need next-token losses and nothing else: no attention mask, no output objects,
+and never all the logits at once. They compute what `GPT2LMHeadModel.forward` does from
+the same weights; a test holds the two against each other.
 """
 
 from pathlib import Path
@@ -130,16 +130,29 @@ def sampling(model: GPT2LMHeadModel, max_length: int, **options) -> GenerationCo
     )
 
 
-def logits(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
-    """Next-token logits.
+def next_logits(model: GPT2LMHeadModel, input_ids: Tensor, cache: "Cache | None" = None) -> Tensor:
+    """Logits of the one token that follows.
 
     Args:
-        input_ids: (B, T) int64, T up to the model's positions.
+        input_ids: (B, T) int64. With a cache that holds tokens already: one more, T = 1.
     Returns:
-        (B, T, V), in the weights' dtype or autocast's.
+        (B, V) float32.
     """
-    x = hidden_states(model, input_ids)
-    return ops.linear(x.flatten(0, 1), model.lm_head.weight).view(*x.shape[:2], -1)
+    return ops.linear(hidden_states(model, input_ids, cache)[:, -1], model.lm_head.weight).float()
+
+
+class Cache:
+    """The keys and values of the tokens that a model has seen, so that the next one needs no second look at them."""
+
+    def __init__(self, model: GPT2LMHeadModel):
+        self.layers, self.length = [None] * model.config.n_layer, 0
+
+    def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, (B, n_head, length, n_embd / n_head) each, the new ones at the end."""
+        if self.length:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (keys, values)))
+        self.layers[layer] = keys, values
+        return keys, values
 
 
 def loss(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
@@ -167,23 +180,30 @@ def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
     return nll.view(*x.shape[:2])
 
 
-def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor) -> Tensor:
+def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
     """The last layer's output after its norm: (B, T, n_embd)."""
     body, config = model.transformer, model.config
-    x = body.wte(input_ids) + body.wpe.weight[: input_ids.shape[1]]
+    seen = cache.length if cache else 0
+    x = body.wte(input_ids) + body.wpe.weight[seen : seen + input_ids.shape[1]]
     x = F.dropout(x, config.embd_pdrop, model.training)
-    for block in body.h:
-        x = x + attention(block.attn, block.ln_1(x))
+    for i, block in enumerate(body.h):
+        x = x + attention(block.attn, block.ln_1(x), cache, i)
         x = x + mlp(block.mlp, block.ln_2(x))
+    if cache:
+        cache.length += input_ids.shape[1]
     return body.ln_f(x)
 
 
-def attention(attn, x: Tensor) -> Tensor:
+def attention(attn, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
     config = attn.config
     B, T, C = x.shape
     q, k, v = conv1d(attn.c_attn, x).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
     dropout = config.attn_pdrop if attn.training else 0.0
-    if x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= WHOLE_ATTENTION:
+    if cache:
+        k, v = cache.extended(layer, k, v)
+    if cache and cache.length:  # one token more, and it may look at all
+        y = F.scaled_dot_product_attention(q, k, v, scale=attn.scaling)
+    elif x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= WHOLE_ATTENTION:
         future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
         q, k, v = (part.reshape(-1, T, C // config.n_head) for part in (q, k, v))
         weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=attn.scaling).softmax(-1)

@@ -1,6 +1,6 @@
 """Text from a model: one token after another, until end-of-text."""
 
-from stages.model.gpt2 import logits
+from stages.model.gpt2 import Cache, next_logits
 from stages.text.tokenizers import TextTokenizer
 
 import torch
@@ -32,9 +32,12 @@ def continuation(model: GPT2LMHeadModel, tokenizer: TextTokenizer, prompt: str, 
         choose.append(TopPLogitsWarper(settings.top_p))
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    positions, cache = model.config.n_positions, Cache(model)
     for _ in range(settings.max_new_tokens):
-        context = torch.tensor([ids[-model.config.n_positions :]], device=model.device)
-        scores = logits(model, context)[:, -1].float()
+        if len(ids) > positions:
+            cache = None  # with each token now, all of them move by a position
+        context = torch.tensor([ids[-positions:]], device=model.device)
+        scores = next_logits(model, context[:, cache.length :] if cache else context, cache)
         if settings.temperature == 0:
             token = int(scores.argmax())
         else:

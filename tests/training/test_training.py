@@ -210,7 +210,24 @@ def test_lean_forward_pass_is_transformers(act):
         torch.nn.init.normal_(weight, std=0.2)
     for length in (1, 7, 32):
         ids = torch.randint(311, (3, length))
-        assert torch.allclose(gpt2.logits(model, ids), model(ids).logits, rtol=1e-4, atol=1e-4)
+        logits = F.linear(gpt2.hidden_states(model, ids), model.lm_head.weight)
+        assert torch.allclose(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_next_logits_with_a_cache_are_those_without():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=311, n_positions=32, n_layer=3, n_head=4, n_embd=48)).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    ids = torch.randint(311, (2, 32))
+    cache = gpt2.Cache(model)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        for length in range(5, 33):
+            fresh = ids[:, cache.length : length]
+            assert fresh.shape[1] == (1 if cache.length else 5)
+            measured = gpt2.next_logits(model, fresh, cache)
+            assert torch.allclose(measured, expected[:, length - 1], rtol=1e-4, atol=1e-4)
 
 
 def scalars(project) -> dict[str, list]:
