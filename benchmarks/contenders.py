@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
 from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
-from stages.common.settings import load, make_parser
+from stages.common.settings import load
 from stages.model.optimizers import lr_factor
 from stages.text.streams import load_split
 from stages.training.module import LanguageModel
@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def main() -> None:
     name, argv = sys.argv[1], sys.argv[2:]
-    settings = load(make_parser("stages.train", __doc__), argv)
+    settings = load("stages.train", __doc__, argv=argv)
     torch.manual_seed(settings.seed_everything)
     CONTENDERS[name](settings)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from stages.common.errors import UserError, run
 from stages.common.files import write_text
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, TOKENIZER
-from stages.common.settings import load, make_parser, take_option
+from stages.common.settings import Group, about, load
 from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
@@ -26,12 +26,17 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
+class Options(Group):
+    """What its command line takes beside the settings."""
+
+    model: str | None = about("GPT-2 folder or training checkpoint to measure instead of models/gpt2", default=None)
+
+
 def main() -> None:
-    checkpoint, argv = take_option("--model")
-    settings = load(make_parser("stages.evaluate", __doc__), argv)
+    settings = load("stages.evaluate", __doc__, Options)
     ops.reuse_memory()
-    if checkpoint is not None:
-        model, tokenizer_folder = load_checkpoint(Path(checkpoint))
+    if settings.options.model is not None:
+        model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
         with tempfile.TemporaryDirectory() as folder:
             files = {"valid": settings.data.valid_file, "test": settings.data.test_file}
             write_blocks(files, settings.data.document, tokenizer_folder, folder)

@@ -8,12 +8,12 @@ import json
 from stages.common.errors import run
 from stages.common.files import write_text
 from stages.common.paths import BLOCKS, METRICS, TOKENIZER
-from stages.common.settings import load, make_parser
+from stages.common.settings import load
 from stages.text.streams import token_figures, write_blocks
 
 
 def main() -> None:
-    settings = load(make_parser("stages.tokenize_blocks", __doc__))
+    settings = load("stages.tokenize_blocks", __doc__)
     files = {"train": settings.data.train_file, "valid": settings.data.valid_file, "test": settings.data.test_file}
     counts = write_blocks(files, settings.data.document, TOKENIZER, BLOCKS, settings.tokenizer.lossy)
     figures = {split: token_figures(count) for split, count in counts.items()}

@@ -11,7 +11,7 @@ import sys
 from stages.common.errors import UserError, one_line, run
 from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
-from stages.common.settings import load, make_parser
+from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
@@ -31,8 +31,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException, SI
 
 
 def main() -> None:
-    parser = make_parser("stages.train", __doc__)
-    settings = load(parser)
+    settings = load("stages.train", __doc__)
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
@@ -44,11 +43,11 @@ def main() -> None:
         model = gpt2.new_model(settings.model, train.vocab_size, tokenizer.end_of_text)
     else:
         model = gpt2.pretrained_model(settings.model, tokenizer)
-    identity = run_identity(settings, parser, train, valid)
+    identity = run_identity(settings, train, valid)
     checkpoints, history = Checkpoints(identity, tokenizer.fingerprint, settings.runtime), History()
     module = LanguageModel(model, settings)
     blocks = Blocks(train, valid, settings)
-    trainer = make_trainer(parser, settings, [history, Live(history), checkpoints])
+    trainer = make_trainer(settings, [history, Live(history), checkpoints])
     check_processes(trainer, settings)
 
     fit(trainer, module, blocks, checkpoints, history, identity)
@@ -65,7 +64,7 @@ def main() -> None:
     trainer.strategy.barrier("exported")
 
 
-def check_data(settings, train: Split, valid: Split, fingerprint: str) -> None:
+def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str) -> None:
     """Raises UserError when the blocks don't fit the tokenizer or the settings."""
     for split in (train, valid):
         if split.tokenizer != fingerprint:

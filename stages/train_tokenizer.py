@@ -12,7 +12,7 @@ from pathlib import Path
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
 from stages.common.paths import TOKENIZER
-from stages.common.settings import load, make_parser
+from stages.common.settings import load
 from stages.text.documents import open_text, pieces
 from stages.text.tokenizers import JsonTokenizer, existing
 
@@ -30,7 +30,7 @@ SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there ar
 
 
 def main() -> None:
-    settings = load(make_parser("stages.train_tokenizer", __doc__))
+    settings = load("stages.train_tokenizer", __doc__)
     if settings.tokenizer.tokenizer_model is not None:
         with open_text(settings.data.train_file) as text:
             texts = pieces(text, 0, min(len(text), SAMPLE_SPAN_BYTES), settings.data.train_file)

@@ -15,7 +15,7 @@ from typing import Literal
 
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
-from stages.common.settings import load, make_parser
+from stages.common.settings import Group, about, load
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
 from stages.model.scoring import token_losses
@@ -32,18 +32,24 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 TURNED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+class Options(Group):
+    """What its command line takes beside the settings."""
+
+    POSITIONAL = "checkpoint"
+    checkpoint: str = about("GPT-2 folder or training checkpoint")
+    output: str = about("the folder to make")
+    format: Literal["huggingface", "gguf"] = about("what to make", default="huggingface")
+
+
 def main() -> None:
-    parser = make_parser("tools.export", __doc__)
-    parser.add_argument("checkpoint", type=str, help="A GPT-2 folder or a training checkpoint.")
-    parser.add_argument("--output", type=str, required=True, help="The folder to make.")
-    parser.add_argument("--format", type=Literal["huggingface", "gguf"], default="huggingface", help="What to make.")
-    settings = load(parser)
-    output = Path(settings.output)
+    settings = load("tools.export", __doc__, Options)
+    options = settings.options
+    output = Path(options.output)
     if output.exists():
         raise UserError(f"--output: {output} exists: name a new folder")
-    model, tokenizer_folder = load_checkpoint(Path(settings.checkpoint))
+    model, tokenizer_folder = load_checkpoint(Path(options.checkpoint))
     with new_folder(output) as folder:
-        if settings.format == "gguf":
+        if options.format == "gguf":
             tokenizer = load_tokenizer(tokenizer_folder)
             write_gguf(model, tokenizer, folder / "model.gguf")
             compare(model, tokenizer, tokenizer_folder, folder, settings)

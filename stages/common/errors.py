@@ -1,6 +1,7 @@
 """A user's mistake is one line and exit status 1, never a traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,12 @@ class OneProcessError(UserError):
 def one_line(error: BaseException, limit: int = 200) -> str:
     """What another library's error says, on one line of bounded length."""
     return " ".join(str(error).split())[:limit]
+
+
+def first_reason(message: str) -> str:
+    """What jsonargparse says about the first type of several that a value might have."""
+    reason = re.search(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
+    return " ".join((reason[1] if reason else message).split())
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,8 +1,11 @@
 """Models and tokenizers by folder or Hugging Face id: nothing is downloaded unless a setting names it."""
 
 import os
+from pathlib import Path
 
 from stages.common.errors import UserError, one_line
+
+import yaml
 
 
 def is_local(key: str, name: str, *files: str) -> bool:
@@ -14,17 +17,33 @@ def is_local(key: str, name: str, *files: str) -> bool:
         name: a folder, or a Hugging Face id.
         files: one of them is the largest of its files, the last one to be cached.
     Raises:
-        UserError: no such folder; an id that is not cached and can't be downloaded.
+        UserError: no such folder, or one that DVC doesn't watch; an id that is not cached and can't be downloaded.
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        if os.path.isdir(name) or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        if os.path.isdir(name):
+            check_watched(key, name)
+            return True
+        if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
             return True
         HfApi().model_info(name, timeout=10)
         return False
+    except UserError:
+        raise
     except Exception as error:  # a name that can't be an id, no network, no such id, no access to it
         raise UserError(
             f"{key}: {name!r} is neither a folder nor a Hugging Face id that is cached or can be downloaded: "
             f"{one_line(error)}"
         ) from None
+
+
+def check_watched(key: str, folder: str) -> None:
+    """Run by DVC, a stage may read only what DVC watches, or a change in it would rerun nothing."""
+    if stage := os.environ.get("DVC_STAGE"):
+        deps = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
+        if os.path.normpath(folder) not in map(os.path.normpath, deps):
+            raise UserError(
+                f"params.yaml: {key}: DVC doesn't watch the folder {folder}: "
+                f"add `- {folder}` to the deps of {stage} in dvc.yaml"
+            )

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from stages.common.settings import Settings
 from stages.text.streams import Split
 
 import numpy as np
@@ -17,14 +18,10 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def run_identity(settings, parser, train: Split, valid: Split) -> str:
+def run_identity(settings: Settings, train: Split, valid: Split) -> str:
     """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work."""
-    decides = parser.dump(settings, format="json")
-    decides = {
-        key: value
-        for key, value in json.loads(decides).items()
-        if key in ("model", "optimizer", "trainer", "seed_everything")
-    }
+    plain = settings.plain()
+    decides = {key: plain[key] for key in ("model", "optimizer", "trainer", "seed_everything")}
     for key in ("devices", "num_nodes", "strategy"):
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]

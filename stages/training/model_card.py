@@ -89,8 +89,8 @@ def model_card(settings, parameters: int, train: Split, valid: Split, checkpoint
         else "It was trained without validation.",
         settings=yaml.safe_dump(
             {
-                "model": settings.model.as_dict(),
-                "optimizer": optimizer.as_dict(),
+                "model": settings.model.model_dump(),
+                "optimizer": optimizer.model_dump(),
                 "trainer": {key: settings.trainer[key] for key in TRAINER},
                 "seed_everything": settings.seed_everything,
             },

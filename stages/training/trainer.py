@@ -6,11 +6,12 @@ import shutil
 import warnings
 from contextlib import nullcontext
 
-from stages.common.errors import UserError
-from stages.common.settings import first_reason
+from stages.common.errors import UserError, first_reason
+from stages.common.settings import Settings, trainer_parser
 from stages.training.checkpoints import AtomicCheckpointIO
 
 import pytorch_lightning as pl
+from jsonargparse import Namespace
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
@@ -20,10 +21,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
 
 
-def make_trainer(parser, settings, callbacks: list[Callback]) -> pl.Trainer:
+def make_trainer(settings: Settings, callbacks: list[Callback]) -> pl.Trainer:
     """Lightning's Trainer with the settings of the trainer and runtime groups."""
     try:
-        arguments = parser.instantiate(settings).trainer.as_dict()
+        arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
         users = arguments.pop("callbacks") or []
         users = users if isinstance(users, list) else [users]
         check_monitors(users)

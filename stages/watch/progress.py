@@ -5,9 +5,9 @@ import sys
 import time
 from pathlib import Path
 
+from stages.common.errors import first_reason
 from stages.common.files import write_text
 from stages.common.paths import LOGS
-from stages.common.settings import first_reason
 from stages.training.history import History, valid_metrics
 
 import dvclive

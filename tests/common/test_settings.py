@@ -5,7 +5,7 @@ import json
 import re
 
 from stages.common.errors import UserError
-from stages.common.settings import load, make_parser
+from stages.common.settings import load
 
 import pytest
 import yaml
@@ -96,18 +96,13 @@ values = st.recursive(
 leaves = [(group, name) for group, of in PARAMS.items() if isinstance(of, dict) for name in of]
 
 
-@pytest.fixture(scope="module")
-def parser():
-    return make_parser("stages.train", "")
-
-
-def load_or_line(folder, parser, content: bytes) -> str | None:
+def load_or_line(folder, content: bytes) -> str | None:
     """The error line, once it is known to be one; None when the settings are good."""
     (folder / "fuzz").mkdir(exist_ok=True)
     (folder / "fuzz/params.yaml").write_bytes(content)
     with contextlib.chdir(folder / "fuzz"):
         try:
-            load(parser, [])
+            load("stages.train", "", argv=[])
         except UserError as error:
             assert len(str(error).splitlines()) == 1 and str(error).startswith("params.yaml"), str(error)
             return str(error)
@@ -115,19 +110,19 @@ def load_or_line(folder, parser, content: bytes) -> str | None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from([*leaves, *((group,) for group in PARAMS)]), values)
-def test_any_value_of_any_setting_is_taken_or_is_one_line(folder, parser, key, value):
+def test_any_value_of_any_setting_is_taken_or_is_one_line(folder, key, value):
     params = yaml.safe_load((folder / "params.yaml").read_text())
     group = params
     for name in key[:-1]:
         group = group[name]
     group[key[-1]] = value
     content = yaml.safe_dump(params, allow_unicode=True).encode("utf-8", "surrogatepass")
-    line = load_or_line(folder, parser, content)
+    line = load_or_line(folder, content)
     if line is not None and len(key) == 2 and "character" not in line and "YAML" not in line:
         assert re.match(r"params\.yaml(:\d+)?: \w+\.\w+", line), line
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=60) | st.text(alphabet="ab:-[]{}&*!#|>%@`'\"\\\n\t ,?", max_size=40).map(str.encode))
-def test_any_bytes_as_params_yaml_are_one_line(folder, parser, content):
-    assert load_or_line(folder, parser, content) is not None
+def test_any_bytes_as_params_yaml_are_one_line(folder, content):
+    assert load_or_line(folder, content) is not None

@@ -379,7 +379,7 @@ CHECKPOINT = {
         r"--model: hostile\.ckpt is no checkpoint of this project's train stage",
     ),
     "no such model folder": (["--model", "data"], r"data: no working GPT-2"),
-    "no value": (["--model"], r"--model: expected one argument: give it a value"),
+    "no value": (["--model"], r"--model: needs one value"),
 }
 SETTINGS = {
     "unknown setting": (
@@ -531,7 +531,7 @@ PROMPT = {
     "no prompt": ([], r"--prompt: missing"),
     "no value": (["--prompt"], r"--prompt: needs one value"),
     "not UTF-8": (["--prompt", "caf\udce9"], r"--prompt: not UTF-8 text"),
-    "no samples": (["--prompt", "a", "--samples", "0"], r"--samples: Not of type Count: 0 "),
+    "no samples": (["--prompt", "a", "--samples", "0"], r"--samples: got 0, must be a whole number of 1 or more"),
     "model folder": (["--prompt", "a", "--model", "none"], r"none: no such model folder"),
     "temperature": (
         ["--prompt", "a", "--generate.temperature", "-1"],
@@ -548,11 +548,14 @@ BAD = {
     **TOKENIZER,
     **MODEL,
     **{f"evaluate: {name}": ("evaluate", *row) for name, row in MODEL_FOLDER.items()},
-    **{f"generate: {name}": ("generate", ["--prompt", "a", *row[0]], row[1]) for name, row in MODEL_FOLDER.items()},
+    **{
+        f"generate: {name}": ("tools.generate", ["--prompt", "a", *row[0]], row[1])
+        for name, row in MODEL_FOLDER.items()
+    },
     **{f"--model: {name}": ("evaluate", *row) for name, row in CHECKPOINT.items()},
     **{f"settings: {name}": ("tokenize_blocks", *row) for name, row in SETTINGS.items()},
     **{f"trainer: {name}": ("train", *row) for name, row in TRAINER.items()},
-    **{f"prompt: {name}": ("generate", *row) for name, row in PROMPT.items()},
+    **{f"prompt: {name}": ("tools.generate", *row) for name, row in PROMPT.items()},
 }
 
 

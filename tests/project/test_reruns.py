@@ -132,7 +132,7 @@ def test_folder_that_dvc_does_not_watch(copy, warm):
         assert failed.returncode != 0
         line = next(line for line in failed.stderr.splitlines() if line.startswith("error:"))
         assert re.fullmatch(
-            rf"error: params\.yaml:\d+: {key}: DVC doesn't watch the folder pretrained: "
+            rf"error: params\.yaml: {key}: DVC doesn't watch the folder pretrained: "
             rf"add `- pretrained` to the deps of {stage} in dvc\.yaml",
             line,
         )

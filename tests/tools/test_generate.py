@@ -50,13 +50,13 @@ def test_same_seed_same_text(built):
 
 def first_tokens(built, reference, count: int, *arguments: str) -> list[int]:
     """The first token after a prompt, drawn with as many seeds."""
-    from stages.common.settings import load, make_parser
+    from stages.common.settings import load
     from stages.model.gpt2 import load_model
     from stages.model.sampling import continuation
     from stages.text.tokenizers import load_tokenizer
 
     os.chdir(built)
-    settings = load(make_parser("tools.generate", ""), ["--generate.max_new_tokens", "1", *arguments]).generate
+    settings = load("tools.generate", "", argv=["--generate.max_new_tokens", "1", *arguments]).generate
     model, tokenizer = load_model(built / "models/gpt2").eval(), load_tokenizer(built / "models/gpt2")
     drawn = []
     for seed in range(count):

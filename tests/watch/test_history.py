@@ -12,7 +12,7 @@ import termios
 import time
 from pathlib import Path
 
-from stages.common.settings import load, make_parser
+from stages.common.settings import load
 from stages.model import gpt2
 
 import numpy as np
@@ -112,7 +112,7 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(killed):
 def test_gradient_norm_equals_an_independent_computation(project, monkeypatch):
     run(*TRAIN, "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3", cwd=project)
     monkeypatch.chdir(project)
-    settings = load(make_parser("stages.train", ""), [])
+    settings = load("stages.train", "", argv=[])
     meta = json.loads(Path("data/blocks/meta.json").read_text())
     pl.seed_everything(settings.seed_everything, verbose=False)
     model = gpt2.new_model(settings.model, meta["vocab_size"], meta["end_of_text"])
