@@ -219,6 +219,8 @@ def load(module: str, doc: str, options: type[Group] | None = None, argv: list[s
     for key, text in arguments.given:
         if text is None:
             raise UserError(f"--{key}: needs one value (a value that begins with -: --{key}=VALUE)")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"--{key}: not UTF-8 text: write it in the terminal's encoding, UTF-8")
         if key == "config":
             more, places = read_settings(text)
             for name, value in more.items():
@@ -315,8 +317,6 @@ def explain(error: ValidationError, given: dict[str, tuple[str, str]], known: di
         return f"{PARAMS_FILE}: {', '.join(missing)}: missing: `git diff {PARAMS_FILE}` shows what was removed"
     location = [str(part) for part in errors[0]["loc"]]
     key = next(key for key in (".".join(location[:2]), location[0]) if key in known)
-    if errors[0]["type"] == "string_unicode":
-        return f"{place_of(key, given)}: not UTF-8 text: write it in the terminal's encoding, UTF-8"
     return f"{place_of(key, given)}: got {short(given[key][1])}, must be {words(known[key][0])}"
 
 
