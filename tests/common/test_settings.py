@@ -1,6 +1,8 @@
 """The habits of LightningCLI: --print_config, --config, --help and typed checks."""
 
+import ast
 import contextlib
+import inspect
 import json
 import re
 
@@ -74,6 +76,28 @@ def test_help_describes_every_setting(folder, stage, monkeypatch):
     expected = [f"--{group}.{name}" for group, of in PARAMS.items() if isinstance(of, dict) for name in of]
     assert {*expected, "--seed_everything", "--config"} <= descriptions.keys()
     assert [name for name, description in descriptions.items() if len(description) < 10 and name != "-h,"] == []
+
+
+COMMANDS = [file for folder in ("stages", "tools") for file in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: f"{file.parent.name}.{file.stem}")
+def test_help_of_every_command_is_its_docstring_and_does_nothing(file, tmp_path):
+    """In an empty folder: what did anything would fail there, or leave something."""
+    module = f"{file.parent.name}.{file.stem}"
+    status, text, err = run_stage(tmp_path, module, "--help")
+    assert (status, err) == (0, "")
+    assert text.startswith(f"usage: python -m {module} ")
+    assert inspect.cleandoc(ast.get_docstring(ast.parse(file.read_text()))) in text
+    assert "(required)" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_commands_own_options(tmp_path):
+    """--model of evaluate and generate is no group, and needs no setting of params.yaml."""
+    for module, text in (("evaluate", "checkpoint to measure"), ("tools.generate", "GPT-2 folder with its tokenizer")):
+        shown = " ".join(run_stage(tmp_path, module, "--help")[1].split())
+        assert re.search(rf" --model \[VALUE\] [^-]*{text}", shown)
 
 
 def test_a_real_process(template):
