@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from stages.common.devices import device_of
 from stages.common.errors import UserError, run
 from stages.common.files import write_text
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, TOKENIZER
@@ -35,16 +36,18 @@ class Options(Group):
 def main() -> None:
     settings = load("stages.evaluate", __doc__, Options)
     ops.reuse_memory()
+    device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
     if settings.options.model is not None:
         model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
         with tempfile.TemporaryDirectory() as folder:
             files = {"valid": settings.data.valid_file, "test": settings.data.test_file}
             write_blocks(files, settings.data.document, tokenizer_folder, folder)
+            model.to(device)
             figures = {name: figures_of(model, load_split(name, folder), settings.evaluate)[0] for name in files}
         print(json.dumps(figures, indent=2))
         return
 
-    model = load_model(MODEL)
+    model = load_model(MODEL).to(device)
     tokenizer = load_tokenizer(MODEL)
     train = load_split("train")
     if train.tokenizer != tokenizer.fingerprint:

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 
+from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
 from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
@@ -49,6 +50,9 @@ def main() -> None:
     blocks = Blocks(train, valid, settings)
     trainer = make_trainer(settings, [history, Live(history), checkpoints])
     check_processes(trainer, settings)
+    vars(model.config).pop("precision", None)  # of the model that is trained further
+    if trainer.precision in AUTOCAST:
+        model.config.precision = trainer.precision  # so that the evaluation computes alike
 
     fit(trainer, module, blocks, checkpoints, history, identity)
 
@@ -59,7 +63,7 @@ def main() -> None:
             copy_tokenizer(TOKENIZER, folder, settings.model.block_size)
             model_card(settings, model.num_parameters(), train, valid, checkpoints).save(folder / "README.md")
         history.write(METRICS)
-        figures = write_run_figures(trainer.world_size, checkpoints, history)
+        figures = write_run_figures(trainer, checkpoints, history)
         print_summary(checkpoints, valid, figures, trainer.loggers[0].log_dir)
     trainer.strategy.barrier("exported")
 

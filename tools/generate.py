@@ -5,6 +5,7 @@ python -m tools.generate --prompt "In the beginning" --generate.temperature 0.7
 With --model DIR it takes another GPT-2 folder than models/gpt2.
 """
 
+from stages.common.devices import device_of
 from stages.common.errors import UserError, run
 from stages.common.paths import MODEL
 from stages.common.settings import Count, Group, about, load
@@ -24,7 +25,8 @@ class Options(Group):
 def main() -> None:
     settings = load("tools.generate", __doc__, Options)
     prompt, folder = settings.options.prompt, settings.options.model
-    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
+    model, tokenizer = load_model(folder).to(device).eval(), load_tokenizer(folder)
     if (size := tokenizer.vocab_size) > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {size:,} tokens, its model only {model.config.vocab_size:,}")
     for i in range(settings.options.samples):

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 from stages.common import plain_yaml
 from stages.common.commands import CommandLine
+from stages.common.devices import auto_precision
 from stages.common.errors import UserError, first_reason
 
 import yaml
@@ -111,6 +112,10 @@ class Evaluate(Group):
 
     stride: Count | None = about("tokens between the starts of two windows; null: block_size (no overlap)")
     batch_size: Count = about("windows in one forward pass")
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = about("what to compute on; auto: a GPU where there is one")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = about(
+        "number format of the computation; null: the one of the training"
+    )
 
 
 class Generate(Group):
@@ -194,6 +199,7 @@ def known_settings() -> dict[str, tuple[Any, str]]:
     for name, group in GROUPS.items():
         known |= fields_of(group, f"{name}.")
     hints = {f"trainer.{name}": kind for name, kind in get_type_hints(Trainer.__init__).items()}
+    hints["trainer.precision"] |= Literal["auto"]
     return known | {
         a.dest: (hints[a.dest], " ".join(a.help.split())) for a in trainer_parser()._actions if a.dest in hints
     }
@@ -292,6 +298,8 @@ def read_settings(path: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]
 
 def check_trainer(values: dict[str, Any], given: dict[str, tuple[str, str]]) -> Namespace:
     """The trainer group, each value as Lightning's Trainer takes it."""
+    if values.get("precision") == "auto":
+        values = values | {"precision": auto_precision(values.get("accelerator", "auto"))}
     try:
         return trainer_parser().parse_object({"trainer": values}).trainer
     except ArgumentError:

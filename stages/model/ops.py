@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# PyTorch sends float32 products to MKL, which uses half the width of an AMD processor with AVX-512;
-# oneDNN uses all of it, and is as fast as MKL elsewhere.
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+# PyTorch sends float32 products to MKL, which uses half the width of an AMD processor with AVX-512: oneDNN
+# uses all of it. On Intel's, MKL is the faster one, and so is PyTorch's own GELU.
+INTEL = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
+ONEDNN = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and not INTEL
+)
 
 # Logits are made for so many bytes' worth of tokens at a time: a piece that fits the cache is read and
 # written several times without going to memory. On a GPU pieces only keep the peak memory low.
@@ -20,13 +23,6 @@ LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 # Elements of a GELU at a time, so that its float32 intermediates stay in the cache.
 GELU_PIECE = 1 << 19
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def reuse_memory() -> None:
@@ -102,7 +98,7 @@ def gelu(x: Tensor) -> Tensor:
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), which a CPU computes several times as fast.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or INTEL:
         return F.gelu(x, approximate="tanh")
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 
-from stages.model.ops import multiplies_bf16
+from stages.common.devices import multiplies_bf16
 
 import torch
 from torch import Tensor

@@ -13,6 +13,7 @@ Every token but the first is predicted once, in the first window that reaches it
 import math
 from collections.abc import Iterator
 
+from stages.common.devices import autocast
 from stages.common.errors import UserError
 from stages.common.paths import BLOCKS
 from stages.model import gpt2
@@ -57,7 +58,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
     by_position = np.zeros((2, T))
     documents, group = [], 1
     sums, inside = np.zeros(2), 0
-    for first, positions, nll in token_losses(model, split, stride, settings.batch_size):
+    for first, positions, nll in token_losses(model, split, stride, settings.batch_size, settings.precision):
         nll = nll.astype(np.float64)
         total += nll.sum()
         by_position[0] += np.bincount(positions, nll, T)
@@ -100,11 +101,12 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
 
 @torch.inference_mode()
 def token_losses(
-    model: GPT2LMHeadModel, split: Split, stride: int, batch_size: int
+    model: GPT2LMHeadModel, split: Split, stride: int, batch_size: int, precision: str | None = "32-true"
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Negative log-likelihood of every token but the first, in order, a batch of windows at a time.
 
-    Window k holds the inputs [k * stride, k * stride + T) and predicts the token after each.
+    Window k holds the inputs [k * stride, k * stride + T) and predicts the token after each. The model
+    computes on the device where it is; precision None is that of its training.
 
     Yields:
         first: index in the stream of the first token scored.
@@ -115,6 +117,7 @@ def token_losses(
     """
     T, N = model.config.n_positions, len(split.tokens)
     model.eval()
+    precision = precision or getattr(model.config, "precision", None)
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.
     full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
@@ -130,7 +133,8 @@ def token_losses(
                     f"{model.config.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
                 )
             batch = torch.from_numpy(batch).to(model.device)
-            nll = gpt2.token_losses(model, batch).cpu().numpy()
+            with autocast(model.device, precision):
+                nll = gpt2.token_losses(model, batch).cpu().numpy()
             if not np.isfinite(nll).all():
                 raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
             # All but the first window score only what the one before did not reach.

@@ -6,6 +6,7 @@ import resource
 
 from stages.common.files import write_text
 from stages.common.paths import METRICS, MODEL
+from stages.model import ops
 from stages.text.streams import Split
 from stages.training.checkpoints import Checkpoints
 from stages.training.history import History
@@ -17,7 +18,7 @@ import torch
 import transformers
 
 
-def write_run_figures(processes: int, checkpoints: Checkpoints, history: History) -> dict:
+def write_run_figures(trainer: pl.Trainer, checkpoints: Checkpoints, history: History) -> dict:
     """metrics/run.json: what differs between two runs of the same inputs."""
     cuda = torch.cuda.is_available()
     tokens = history.train[-1]["tokens"] if history.train else 0
@@ -27,8 +28,12 @@ def write_run_figures(processes: int, checkpoints: Checkpoints, history: History
         "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else 0,
-        "processes": processes,
+        "processes": trainer.world_size,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "float32_products": "oneDNN" if ops.ONEDNN else "PyTorch",
+        "precision": trainer.precision,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pytorch_lightning": pl.__version__,

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 
+from stages.common import devices
 from stages.common.errors import UserError
 from stages.common.settings import load
 
@@ -150,3 +151,11 @@ def test_any_value_of_any_setting_is_taken_or_is_one_line(folder, key, value):
 @given(st.binary(max_size=60) | st.text(alphabet="ab:-[]{}&*!#|>%@`'\"\\\n\t ,?", max_size=40).map(str.encode))
 def test_any_bytes_as_params_yaml_are_one_line(folder, content):
     assert load_or_line(folder, content) is not None
+
+
+@pytest.mark.parametrize(("hardware", "chosen"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_auto_is_what_the_processor_multiplies_in_hardware(folder, monkeypatch, hardware, chosen):
+    monkeypatch.setattr(devices.torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(devices.torch.cpu, "_is_amx_tile_supported", lambda: False)
+    arguments = ("--trainer.precision", "auto", "--trainer.accelerator", "cpu")
+    assert yaml.safe_load(print_config(folder, *arguments))["trainer"]["precision"] == chosen

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import run, set_params
+from conftest import run, run_stage, set_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -109,3 +109,44 @@ def test_model_option_measures_a_folder_on_any_text(project, tmp_path):
     expected = independent_figures(project / "models/gpt2", (tmp_path / "other.txt").read_text(), 16)
     assert other == pytest.approx(expected, rel=1e-5)
     assert (project / "metrics/eval.json").read_bytes() == committed
+
+
+def test_a_model_is_measured_in_the_precision_of_its_training(project):
+    """Valid loss of the training (in bf16) and of the evaluation are of the same computation."""
+    set_params(project, "trainer.precision=bf16-mixed", "evaluate.accelerator=cpu")
+    for stage in ("train", "evaluate"):
+        assert run_stage(project, stage)[0] == 0
+    assert json.loads((project / "models/gpt2/config.json").read_text())["precision"] == "bf16-mixed"
+    assert json.loads((project / "metrics/run.json").read_text())["precision"] == "bf16-mixed"
+    assert "precision: bf16-mixed" in (project / "models/gpt2/README.md").read_text()
+    trained = min(float(row.split(",")[2]) for row in (project / "metrics/valid.csv").read_text().split()[1:])
+    measured = json.loads((project / "metrics/eval.json").read_text())["valid"]["loss"]
+    set_params(project, "evaluate.precision=32-true")
+    assert run_stage(project, "evaluate")[0] == 0
+    exact = json.loads((project / "metrics/eval.json").read_text())["valid"]["loss"]
+    expected = independent_figures(project / "models/gpt2", (project / "data/valid.txt").read_text(), 16)["loss"]
+    assert exact == pytest.approx(expected, rel=1e-5)
+    assert measured != exact
+    assert abs(measured - trained) < abs(measured - exact)
+    assert abs(measured - exact) < 1e-3
+
+
+def test_a_device_that_is_not_there(built):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    status, _, err = run_stage(built, "evaluate", "--evaluate.accelerator", "cuda")
+    assert status == 1
+    assert (
+        err == "error: evaluate.accelerator: cuda: this machine has none that PyTorch can use: set it to auto or cpu\n"
+    )
+
+
+@pytest.mark.gpu
+def test_figures_of_a_gpu_are_those_of_the_cpu(project):
+    losses = {}
+    for accelerator in ("cpu", "cuda"):
+        for precision in ("32-true", "bf16-mixed"):
+            arguments = ("--evaluate.accelerator", accelerator, "--evaluate.precision", precision)
+            assert run_stage(project, "evaluate", *arguments)[0] == 0
+            losses[accelerator, precision] = json.loads((project / "metrics/eval.json").read_text())["test"]["loss"]
+    assert max(losses.values()) - min(losses.values()) < 1e-3, losses

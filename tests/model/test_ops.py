@@ -85,7 +85,9 @@ def test_bf16_on_a_cpu(block_size):
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 5e-7), (torch.bfloat16, 2e-3), (torch.float64, 3e-15)])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (2, ops.GELU_PIECE + 1)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gelu(dtype, rounding, shape, compiled):
+@pytest.mark.parametrize("intel", [False, True])
+def test_gelu(monkeypatch, dtype, rounding, shape, compiled, intel):
+    monkeypatch.setattr(ops, "INTEL", intel)
     if compiled and not shutil.which("g++"):
         pytest.skip("torch.compile needs g++ on a CPU")
     torch.manual_seed(0)
@@ -110,7 +112,7 @@ def test_memory_of_a_step_is_there_for_the_next():
     """Of 32 MiB, written 20 times, glibc alone has the system make every page anew each time."""
     program = """if True:
         import resource, sys, torch
-        from stages import ops
+        from stages.model import ops
         if sys.argv[1:]:
             ops.reuse_memory()
         torch.use_deterministic_algorithms(True)
