@@ -34,6 +34,7 @@ FILES = (
     "dvc.lock",
     "params.yaml",
     "metrics/run.json",
+    "metrics/tokens.json",
     "metrics/train.csv",
     "metrics/valid.csv",
     "metrics/samples.md",
@@ -156,6 +157,7 @@ def read_disk(name: str) -> bytes | None:
 def read_run(files: dict[str, bytes | None]) -> dict[str, Any]:
     """The figures of a run and what made them; what is missing or can't be read is None or empty."""
     figures, timing = read_json(files[EVAL]), read_json(files["metrics/run.json"])
+    changed = number(read_json(files["metrics/tokens.json"]), "test", "changed_documents")
     made = read_lock(files["dvc.lock"], files["params.yaml"], files[EVAL])
     return {
         "test_ppl": number(figures, "test", "ppl"),
@@ -165,6 +167,8 @@ def read_run(files: dict[str, bytes | None]) -> dict[str, Any]:
         # Turns the validation loss of a training curve into bits per byte.
         "bits_factor": ratio(number(figures, "valid", "bits_per_byte"), number(figures, "valid", "loss")),
         "seconds": number(timing, "train_seconds"),
+        # The tokenizer doesn't give the exact text back, so the model was not asked for all of it.
+        "inexact": changed > 0,
         **made,
         "train": curve(files["metrics/train.csv"], "train_loss"),
         "valid": curve(files["metrics/valid.csv"], "valid_loss"),
@@ -282,8 +286,7 @@ def compared(runs: pd.DataFrame) -> pd.DataFrame:
     runs["letter"] = [letter(order[row.revision]) if row.unknown is None else "?" for row in runs.itertuples()]
     for name, needs, digits in (("ppl", PPL_NEEDS, 2), ("bits", BITS_NEEDS, 3)):
         runs[f"{name}_differs"] = [
-            [words for key, words in needs.items() if row[key] != parent[key]]
-            for (_, row), (_, parent) in zip(runs.iterrows(), parents.iterrows())
+            differences(row, parent, needs) for (_, row), (_, parent) in zip(runs.iterrows(), parents.iterrows())
         ]
         runs[f"{name}_change"] = (runs[name] - parents[name]).round(digits)
     runs["has_parent"] = parents["revision"].notna()
@@ -293,6 +296,15 @@ def compared(runs: pd.DataFrame) -> pd.DataFrame:
         for (_, row), (_, parent) in zip(runs.iterrows(), parents.iterrows())
     ]
     return runs
+
+
+def differences(row: pd.Series, parent: pd.Series, needs: dict[str, str]) -> list[str]:
+    """What keeps a figure from being compared with the parent's."""
+    found = [words for key, words in needs.items() if row[key] != parent[key]]
+    inexact = True in (row["inexact"], parent["inexact"])
+    if inexact and "tokenizer" not in needs and row["tokenizer"] != parent["tokenizer"]:
+        found.append("what the tokenizer loses")
+    return found
 
 
 def letter(i: int) -> str:
@@ -330,6 +342,8 @@ def page(runs: pd.DataFrame) -> str:
     yardsticks = runs[runs["letter"] != "?"][::-1].drop_duplicates("letter")
     newest = runs.iloc[0]
     alike = runs[(runs["letter"] != "?") & (runs[list(BITS_NEEDS)] == newest[list(BITS_NEEDS)]).all(axis=1)]
+    exact = ~alike["inexact"].astype(bool) & (not newest["inexact"])
+    alike = alike[exact | (alike["tokenizer"] == newest["tokenizer"])]
     best = alike.loc[alike["bits"].idxmin()] if alike["bits"].count() > 1 else None
     return environment.get_template("report.html").render(
         project=Path.cwd().name,

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from stages import report
+from tools import report
 
 import pytest
 from conftest import run
@@ -286,6 +286,28 @@ def test_every_yardstick_is_seen(project, monkeypatch):
     # A stride of block_size overlaps nothing, as null does.
     assert list(found["letter"]) == ["A", "B", "C", "D", "C"]
     assert [change["what"] for change in found.iloc[1]["changes"]] == ["data/test.txt"]
+
+
+def test_bits_of_a_tokenizer_that_loses_something_are_marked(project, monkeypatch):
+    figures = json.loads((project / "metrics/tokens.json").read_text())
+    figures["test"]["changed_documents"] = 3
+    other = [(hash_of(project, "models/tokenizer"), "ab" * 16)]
+    commit(project, "lossy", 10.0, 1.0, lock=other)
+    (project / "metrics/tokens.json").write_text(json.dumps(figures))
+    commit(project, "same tokenizer", 9.0, 0.9)
+    commit(project, "said", 8.0, 0.8)
+    found = rows(project, monkeypatch)[::-1]
+    assert list(found["inexact"]) == [False, False, True, True]
+    assert list(found["bits_differs"])[1:] == [[], [], []]  # neither says so, or the tokenizer is one
+    commit(project, "exact again", 11.0, 1.2, lock=[("ab" * 16, other[0][0])])
+    figures["test"]["changed_documents"] = 0
+    (project / "metrics/tokens.json").write_text(json.dumps(figures))
+    commit(project, "exact again, said", 11.1, 1.3)
+    found = rows(project, monkeypatch)
+    assert found.iloc[1]["bits_differs"] == ["what the tokenizer loses"]
+    text = report.page(found)
+    assert "bits not exact" in text
+    assert "Best bits per byte" in text and "<b>0.800</b>" not in text
 
 
 def test_odd_histories(project, monkeypatch, tmp_path):
