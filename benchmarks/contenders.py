@@ -14,6 +14,7 @@ from benchmarks.turns import Turns
 from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
 from stages.common.settings import load
 from stages.model.optimizers import lr_factor
+from stages.text.corpus import Documents
 from stages.text.streams import load_split
 from stages.training.module import LanguageModel
 from stages.training.trainer import quiet_libraries
@@ -199,9 +200,9 @@ def documents(path: str) -> list[str]:
 
 
 def tokenize_stage(settings) -> None:
-    """One step is the whole work of the tokenize_blocks stage on train_file."""
-    files = {"train": settings.data.train_file}
-    take_turns(tokenize_blocks.write_blocks(files, "blank_line", "models/tokenizer", "scratch") for _ in count())
+    """One step is the whole work of the tokenize_blocks stage on the train split."""
+    splits = {"train": Documents("train")}
+    take_turns(tokenize_blocks.write_blocks(splits, "models/tokenizer", "scratch") for _ in count())
 
 
 def encode_batch(settings, fast: bool) -> None:
@@ -220,7 +221,7 @@ def encode_batch(settings, fast: bool) -> None:
 
 
 def train_tokenizer_stage(settings) -> None:
-    take_turns(train_tokenizer.train(settings.data.train_file, settings.tokenizer) for _ in count())
+    take_turns(train_tokenizer.train(Documents("train"), settings.tokenizer) for _ in count())
 
 
 def bare_tokenizer_trainer(settings) -> None:

@@ -5,12 +5,13 @@
 Needs data/sample and models/tokenizer (`dvc repro train_tokenizer`). A core's MB/s are those of processor time.
 """
 
-import os
 import tempfile
 import time
+from itertools import chain, repeat
 from pathlib import Path
 
 from stages.common.paths import TOKENIZER
+from stages.text.corpus import Documents, write_documents
 from stages.text.streams import write_blocks
 
 from tokenizers import Tokenizer
@@ -29,14 +30,13 @@ def measured(name: str, size: int, work) -> float:
 def main() -> None:
     sample = Path("data/sample/train.txt").read_bytes() + b"\n"
     with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "text.txt")
-        with text.open("wb") as file:
-            for _ in range(256 * MB // len(sample)):
-                file.write(sample)
+        documents = [document.encode() for document in sample.decode().removesuffix("\n").split("\n\n")]
+        write_documents(Path(folder, "train.arrow"), chain(*repeat(documents, 256 * MB // len(sample))))
+        splits = {"train": Documents("train", folder)}
         stage = measured(
             "tokenize_blocks",
-            os.path.getsize(text),
-            lambda: write_blocks({"train": str(text)}, "blank_line", TOKENIZER, Path(folder, "blocks")),
+            splits["train"].size,
+            lambda: write_blocks(splits, TOKENIZER, Path(folder, "blocks")),
         )
         documents = (sample * (16 * MB // len(sample))).decode().split("\n\n")
     tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))

@@ -1,13 +1,12 @@
 """Makes metrics/eval.json, the data of plots and metrics/samples.md from models/gpt2/.
 
 With --model DIR_OR_CKPT it measures any GPT-2 folder or training checkpoint instead, on
-valid_file and test_file, and prints the figures without writing a file. The definitions of the
+the text that the settings name, and prints the figures without writing a file. The definitions of the
 figures stand in stages/model/scoring.py.
 """
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from stages.common.devices import device_of
@@ -19,7 +18,8 @@ from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
 from stages.model.scoring import figures_of, unigram_ppl
-from stages.text.streams import load_split, write_blocks
+from stages.text.splits import sources_of
+from stages.text.streams import fresh_blocks, load_split
 from stages.text.tokenizers import load_tokenizer
 
 import pandas as pd
@@ -39,11 +39,10 @@ def main() -> None:
     device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
     if settings.options.model is not None:
         model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
-        with tempfile.TemporaryDirectory() as folder:
-            files = {"valid": settings.data.valid_file, "test": settings.data.test_file}
-            write_blocks(files, settings.data.document, tokenizer_folder, folder)
-            model.to(device)
-            figures = {name: figures_of(model, load_split(name, folder), settings.evaluate)[0] for name in files}
+        model.to(device)
+        names = [name for name in sources_of(settings.data) if name != "train"]
+        with fresh_blocks(settings.data, names, tokenizer_folder) as splits:
+            figures = {name: figures_of(model, split, settings.evaluate)[0] for name, split in splits.items()}
         print(json.dumps(figures, indent=2))
         return
 

@@ -1,4 +1,4 @@
-"""Makes models/tokenizer/: a tokenizer trained on train_file, or taken as it is."""
+"""Makes models/tokenizer/: a tokenizer trained on the corpus' train split, or taken as it is."""
 
 import random
 import re
@@ -13,7 +13,8 @@ from stages.common.errors import UserError, run
 from stages.common.files import new_folder
 from stages.common.paths import TOKENIZER
 from stages.common.settings import load
-from stages.text.documents import open_text, pieces
+from stages.text.corpus import Documents
+from stages.text.encoding import document_parts
 from stages.text.tokenizers import JsonTokenizer, existing
 
 import sentencepiece
@@ -25,6 +26,8 @@ SAMPLE_SPAN_BYTES = 1 << 20
 # Trainers keep every different word, in some 100 bytes for each of its own.
 DISTINCT_BYTES = 1 << 23
 RUN_LENGTH = 128
+# After a word where there is one; in an endless one anywhere.
+CUT = re.compile(r"\S(?=\s)|\S{1024}|\s{1024}")
 LONG_RUN = re.compile(rf"(?<!\S)\S{{{RUN_LENGTH + 1},}}")
 SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there are
 
@@ -32,24 +35,21 @@ SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there ar
 def main() -> None:
     settings = load("stages.train_tokenizer", __doc__)
     if settings.tokenizer.tokenizer_model is not None:
-        with open_text(settings.data.train_file) as text:
-            texts = pieces(text, 0, min(len(text), SAMPLE_SPAN_BYTES), settings.data.train_file)
-            tokenizer, roles = existing("tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model, texts)
+        texts = (str(document, "utf-8") for document in Documents("train").batch(0))
+        tokenizer, roles = existing("tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model, texts)
     else:
-        tokenizer = JsonTokenizer(train(settings.data.train_file, settings.tokenizer), END_OF_TEXT, set())
+        tokenizer = JsonTokenizer(train(Documents("train"), settings.tokenizer), END_OF_TEXT, set())
         roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     with new_folder(TOKENIZER) as folder:
         tokenizer.save(folder, roles)
     print(f"{TOKENIZER}: {len(tokenizer.vocab):,} entries")
 
 
-def train(path: str, settings) -> Tokenizer:
+def train(text: Documents, settings) -> Tokenizer:
     """A byte-level tokenizer: the pre-tokenizer maps the 256 bytes to 256 characters that are all in
     the vocabulary, so every text can be encoded and decoding gives its exact bytes, or with
     normalization those of the normalized text
     (https://github.com/openai/gpt-2, bytes_to_unicode in src/encoder.py)."""
-    with open_text(path):
-        pass  # a missing or empty file is an error for the byte tokenizer too
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     normalizer = normalizers.NFKC() if settings.normalization else None
@@ -60,9 +60,9 @@ def train(path: str, settings) -> Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=settings.vocab_size, special_tokens=control, initial_alphabet=alphabet, show_progress=False
         )
-        tokenizer.train_from_iterator(sample(path, settings), trainer)
+        tokenizer.train_from_iterator(sample(text, settings), trainer)
     elif settings.algorithm == "unigram":
-        texts = chain.from_iterable(sample(path, settings))
+        texts = chain.from_iterable(sample(text, settings))
         texts = map(normalizer.normalize_str, texts) if normalizer else texts
         tokenizer = Tokenizer(unigram_model(texts, byte_level, alphabet, settings.vocab_size - len(control)))
         tokenizer.add_special_tokens(control)
@@ -90,36 +90,33 @@ def bytes_to_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def sample(path: str, settings) -> Iterator[list[str]]:
+def sample(text: Documents, settings) -> Iterator[list[str]]:
     """The text in spans of random order, up to sample_bytes of it or DISTINCT_BYTES of different words."""
-    words, distinct = set(), 0
-    with open_text(path) as text:
-        spans = range(0, len(text), SAMPLE_SPAN_BYTES)
-        count = min(len(spans), -(-settings.sample_bytes // SAMPLE_SPAN_BYTES))
-        spans = random.Random(settings.sample_seed).sample(spans, count)
-        with tqdm(
-            total=min(len(text), count * SAMPLE_SPAN_BYTES),
-            unit="B",
-            unit_scale=True,
-            desc="reading",
-            mininterval=1,
-            disable=None,
-        ) as bar:
-            for start in spans:
-                end = min(start + SAMPLE_SPAN_BYTES, len(text))
-                bar.update(end - start)
-                # A span begins and ends between two characters.
-                while 0 < start < end and text[start] & 0xC0 == 0x80 and start > end - SAMPLE_SPAN_BYTES - 4:
-                    start += 1
-                while end < len(text) and text[end] & 0xC0 == 0x80:
-                    end += 1
-                for piece in pieces(text, start, end, path):
-                    new = set(piece.encode().split()) - words
-                    words |= new
-                    distinct += sum(map(len, new))
-                    yield cut_long_runs(piece)
-                if distinct > DISTINCT_BYTES:
-                    return
+    words, distinct, size = set(), 0, int(text.starts[-1])
+    spans = range(0, size, SAMPLE_SPAN_BYTES)
+    count = min(len(spans), -(-settings.sample_bytes // SAMPLE_SPAN_BYTES))
+    size = min(size, count * SAMPLE_SPAN_BYTES)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
+        for start in random.Random(settings.sample_seed).sample(spans, count):
+            span = memoryview(whole_characters(text.joined(start, start + SAMPLE_SPAN_BYTES + 3)))
+            bar.update(min(len(span), SAMPLE_SPAN_BYTES))
+            for part, _ in document_parts(span, text.name, CUT):
+                new = set(part.encode().split()) - words
+                words |= new
+                distinct += sum(map(len, new))
+                yield cut_long_runs(part)
+            if distinct > DISTINCT_BYTES:
+                return
+
+
+def whole_characters(raw: bytes) -> bytes:
+    """SAMPLE_SPAN_BYTES of UTF-8: the character that begins before them left out, the last one whole."""
+    start, end = 0, min(len(raw), SAMPLE_SPAN_BYTES)
+    while start < min(3, end) and raw[start] & 0xC0 == 0x80:
+        start += 1
+    while end < len(raw) and raw[end] & 0xC0 == 0x80:
+        end += 1
+    return raw[start:end]
 
 
 def cut_long_runs(text: str) -> list[str]:

@@ -9,7 +9,6 @@ checkpoint's, on test_file.
 """
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from stages.common.settings import Group, about, load
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
 from stages.model.scoring import token_losses
-from stages.text.streams import load_split, write_blocks
+from stages.text.streams import fresh_blocks
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
 
 import numpy as np
@@ -130,9 +129,8 @@ def compare(model: GPT2LMHeadModel, tokenizer: TextTokenizer, tokenizer_folder: 
     Raises:
         UserError: its token ids or its perplexity are others.
     """
-    with tempfile.TemporaryDirectory() as blocks:
-        write_blocks({"test": settings.data.test_file}, settings.data.document, tokenizer_folder, blocks)
-        split = load_split("test", blocks)
+    with fresh_blocks(settings.data, ["test"], tokenizer_folder) as splits:
+        split = splits["test"]
         its = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         documents = np.split(split.tokens, np.flatnonzero(split.tokens == tokenizer.end_of_text))[1:-1]
         texts = [*HARD_TEXTS, *tokenizer.decode_batch([ids[1:].tolist() for ids in documents])]

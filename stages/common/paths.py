@@ -4,6 +4,7 @@ from pathlib import Path
 
 SPLITS = ("train", "valid", "test")
 SAMPLE = Path("data/sample")
+CORPUS = Path("data/corpus")
 BLOCKS = Path("data/blocks")
 TOKENIZER = Path("models/tokenizer")
 MODEL = Path("models/gpt2")

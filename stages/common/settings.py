@@ -58,11 +58,20 @@ class Group(BaseModel):
 class Data(Group):
     """Text files and how they split into documents."""
 
-    train_file: str = about("UTF-8 text to train on")
-    valid_file: str = about("UTF-8 text that chooses the best checkpoint")
-    test_file: str = about("UTF-8 text that only the evaluation sees")
-    document: Literal["blank_line", "line", "file"] = about(
-        "what one document is: blank_line (separated by blank lines), line or file"
+    train_file: str = about("text to train on: a file or folder of .txt, .jsonl, .csv or .parquet, compressed or not")
+    valid_file: str = about("text that chooses the best checkpoint; the path of train_file: held out of it")
+    test_file: str = about("text that only the evaluation sees; the path of train_file: held out of it")
+    test_files: dict[str, str] = about("further test texts, each by a name")
+    document: Literal["blank_line", "line", "file", "separator"] = about(
+        "what one document of .txt is: what stands between blank lines (blank_line), line, file, or separator"
+    )
+    separator: str = about("what stands between documents where document is separator", min_length=1)
+    text_key: str = about("field of .jsonl, .csv and .parquet that holds the text")
+    valid_fraction: Rate = about("share of documents to hold out where valid_file is train_file")
+    test_fraction: Rate = about("share of documents to hold out where test_file is train_file")
+    split_seed: Seed = about("seed of which documents are held out")
+    deduplicate: Literal["none", "exact", "near"] = about(
+        "leave out equal (exact) or similar (near) documents, of train those like valid's and test's: none, exact, near"
     )
 
 

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from stages.common.errors import UserError
-from stages.text.documents import PIECE_BYTES, decoded, release
 from stages.text.tokenizers import TextTokenizer
 
 import numpy as np
 
+PIECE_BYTES = 1 << 16
 BATCH_BYTES = 1 << 21  # enough for every core
 WHOLE_BYTES = 1 << 23  # the encoding of a document of this size takes a GiB
 
@@ -122,24 +122,24 @@ def take(parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
             return
 
 
-def document_parts(text, start: int, end: int, path: str, cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
+def document_parts(document: memoryview, path: str, cut: re.Pattern | None) -> Iterator[tuple[str, bool]]:
     """A document whole or, where that changes no id, in parts of bounded size.
 
     Args:
-        text: UTF-8 bytes; start, end: where in them the document lies.
+        document: its UTF-8 bytes.
         path: what it is of, for messages.
         cut: where the tokenizer allows a cut.
     Yields:
         a part's text, and whether it ends the document.
     Raises:
-        UserError: the bytes are not UTF-8; the document is too large to be encoded whole.
+        UserError: the document is too large to be encoded whole.
     """
-    size = PIECE_BYTES if cut else WHOLE_BYTES
+    start, end, size = 0, len(document), PIECE_BYTES if cut else WHOLE_BYTES
     while start < end:
         stop = min(start + size, end)
-        while stop < end and text[stop] & 0xC0 == 0x80 and stop > start + size - 4:
+        while stop < end and document[stop] & 0xC0 == 0x80 and stop > start + size - 4:
             stop -= 1
-        part = decoded(text, start, stop, path)
+        part = str(document[start:stop], "utf-8")
         if stop < end:
             cuts = [match.end() for match in cut.finditer(part, max(0, len(part) - 4096))] if cut else []
             if not cuts and size < WHOLE_BYTES:
@@ -153,6 +153,4 @@ def document_parts(text, start: int, end: int, path: str, cut: re.Pattern | None
             part = part[: cuts[-1]]
             stop = start + len(part.encode())
         yield part, stop == end
-        if stop - start > PIECE_BYTES // 2:
-            release(text, start, stop)
         start, size = stop, PIECE_BYTES

@@ -10,6 +10,9 @@ changes no other split's files.
 import hashlib
 import json
 import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,8 +20,9 @@ from pathlib import Path
 from stages.common.errors import UserError
 from stages.common.files import new_folder
 from stages.common.paths import BLOCKS
-from stages.text.documents import document_spans, open_text
+from stages.text.corpus import Documents
 from stages.text.encoding import Encoder, document_parts
+from stages.text.splits import write_splits
 from stages.text.tokenizers import load_tokenizer
 
 import numpy as np
@@ -80,35 +84,45 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
     return split
 
 
+@contextmanager
+def fresh_blocks(settings, names: Iterable[str], tokenizer_folder: str | Path) -> Iterator[dict[str, Split]]:
+    """The token streams of some splits, made of the text that the settings name, in a folder for the time being.
+
+    Args:
+        settings: the data group.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_splits(settings, Path(folder), names)
+        blocks = Path(folder, "blocks")
+        write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
+        yield {name: load_split(name, blocks) for name in names}
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def write_blocks(
-    files: dict[str, str], document: str, tokenizer_folder: str | Path, target: str | Path, lossy: str = "allow"
+    splits: dict[str, Documents], tokenizer_folder: str | Path, target: str | Path, lossy: str = "allow"
 ) -> dict:
     """Writes the token stream of each split, its counts, and meta.json.
 
     Args:
-        files: the text file of each split.
-        document: blank_line, line or file.
+        splits: the documents of each split.
         tokenizer_folder: a folder that `load_tokenizer` reads.
         target: the folder to make.
         lossy: refuse or allow: a tokenizer that doesn't give the exact text back.
     Returns:
         tokens, documents, bytes, words and sha256 of each split, and what of it isn't given back.
     Raises:
-        UserError: a file that is missing, empty, blank or not UTF-8; a tokenizer that changes the text.
+        UserError: a tokenizer that can't be read, or that changes the text and lossy is refuse.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     tokenizer.speed_up()
-    for path in files.values():
-        with open_text(path):
-            pass  # all files are there before the long work on the first begins
     with new_folder(target) as folder:
-        encoders = {split: Encoder(tokenizer, path, lossy) for split, path in files.items()}
+        encoders = {split: Encoder(tokenizer, str(documents.path), lossy) for split, documents in splits.items()}
         counts = {
-            split: write_stream(folder / f"{split}.npy", encoder, document) for split, encoder in encoders.items()
+            split: write_stream(folder / f"{split}.npy", encoder, splits[split]) for split, encoder in encoders.items()
         }
         meta = {
             "tokenizer": tokenizer.fingerprint,
@@ -121,31 +135,27 @@ def write_blocks(
     return counts
 
 
-def write_stream(target: Path, encoder: Encoder, document: str) -> dict:
+def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
     """Writes one split's stream to an .npy file, in memory that doesn't grow with the text."""
-    tokenizer, path = encoder.tokenizer, encoder.path
+    tokenizer = encoder.tokenizer
     dtype, tokens, digest = token_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
     with (
-        open_text(path) as text,
         target.open("wb") as file,
-        tqdm(total=len(text), unit="B", unit_scale=True, desc=path, mininterval=1, disable=None) as bar,
+        tqdm(total=documents.size, unit="B", unit_scale=True, desc=documents.name, mininterval=1, disable=None) as bar,
     ):
         # The header has a fixed size, so it can be written again once the length is known.
         np.lib.format.write_array_header_1_0(file, header(0, dtype))
-        parts = chain.from_iterable(
-            document_parts(text, start, end, path, tokenizer.cut) for start, end in document_spans(text, document)
-        )
+        parts = chain.from_iterable(document_parts(text, encoder.path, tokenizer.cut) for text in documents.documents())
         for ids in chain([np.array([tokenizer.end_of_text])], encoder.streams(parts)):
             ids = ids.astype(dtype)
             file.write(ids.data)
             digest.update(ids.data)
             tokens += len(ids)
             bar.update(encoder.bytes - bar.n)
-        bar.update(len(text) - bar.n)
+            documents.release()
+        bar.update(documents.size - bar.n)
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header(tokens, dtype))
-    if encoder.documents == 0:
-        raise UserError(f"{path}: only white space: it has no document")
     counts = {"tokens": tokens, **{key: getattr(encoder, key) for key in ("documents", "bytes", "words")}}
     if not tokenizer.loses_nothing:
         changes = encoder.changes

@@ -1,0 +1,102 @@
+"""Makes data/corpus/, the documents of each split, and metrics/corpus.json: what they are and what leaks."""
+
+import json
+import sys
+
+from stages.common.errors import run
+from stages.common.files import new_folder, write_text
+from stages.common.paths import CORPUS, METRICS
+from stages.common.settings import load
+from stages.text.corpus import Documents
+from stages.text.leakage import Grams, Seen, count_words
+from stages.text.splits import document_hashes, sources_of, write_splits
+
+import numpy as np
+from tqdm import tqdm
+
+WORST_DOCUMENTS = 5
+LEAKAGE_NOTE = 0.01
+
+
+def main() -> None:
+    settings = load("stages.prepare_corpus", __doc__)
+    names = sources_of(settings.data)
+    with new_folder(CORPUS) as folder:
+        dropped = write_splits(settings.data, folder, names)
+        figures = describe({name: Documents(name, folder) for name in names}, dropped)
+        # Both or neither: a failure here leaves the corpus of before too.
+        write_text(METRICS / "corpus.json", json.dumps(figures, indent=2) + "\n")
+    for name, row in figures["sets"].items():
+        print(f"{name}: {row['documents']:,} documents, {row['bytes']:,} bytes, {row['words']:,} words")
+    for name, row in figures["leakage"].items():
+        if max(row["documents"], row["ngrams"]) > LEAKAGE_NOTE:
+            print(
+                f"note: {name} leaks into train: {row['documents']:.1%} of its documents and {row['ngrams']:.1%} of "
+                f"its n-grams ({figures['ngram']}) stand there word for word: see data.deduplicate",
+                file=sys.stderr,
+            )
+
+
+def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
+    """What metrics/corpus.json holds.
+
+    Returns:
+        sets: documents, bytes, words, duplicates (documents that an earlier one of the split equals), dropped (by
+            data.deduplicate) and the longest document's bytes, of each split.
+        ngram: what an n-gram is: 13 words or 50 bytes.
+        leakage: of each split but train, the share of documents and of n-grams that stand in train, and the
+            documents (numbered from 1) with the largest share.
+        lengths: share of a split's documents by length; `bytes` is the upper bound.
+    """
+    held_out = [name for name in splits if name != "train"]
+    sets, hashes, lengths = {}, {}, {}
+    for name in held_out:
+        sets[name], hashes[name], lengths[name] = measure(splits[name])
+    grams = Grams.of(*(sum(sets[name][key] for name in held_out) for key in ("words", "bytes")))
+    seen = Seen(grams, [splits[name] for name in held_out])
+    sets["train"], hashes["train"], lengths["train"] = measure(splits["train"], seen)
+    leakage = {}
+    for name in held_out:
+        total, found = np.hstack([seen.by_document(batch) for batch in splits[name]])
+        share = found / np.maximum(total, 1)
+        worst = [i for i in np.argsort(-share, kind="stable")[:WORST_DOCUMENTS] if share[i]]
+        leakage[name] = {
+            "documents": float(np.isin(hashes[name], hashes["train"]).mean()),
+            "ngrams": float(found.sum() / max(total.sum(), 1)),
+            "worst": {f"document {i + 1}": float(share[i]) for i in worst},
+        }
+    last = max(map(len, lengths.values()))
+    shares = {name: np.pad(lengths[name], (0, last - len(lengths[name]))) / lengths[name].sum() for name in splits}
+    first = min(int(np.flatnonzero(share)[0]) for share in shares.values())
+    return {
+        "sets": {name: sets[name] | {"dropped": dropped[name]} for name in splits},
+        "ngram": grams.name,
+        "leakage": leakage,
+        "lengths": [
+            {"bytes": 1 << i, **{name: float(share[i]) for name, share in shares.items()}} for i in range(first, last)
+        ],
+    }
+
+
+def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
+    """A split's figures, a hash of each document, and how many documents have up to 2**i bytes, by i."""
+    count = size = words = longest = 0
+    hashes, lengths = [], np.zeros(64, np.int64)
+    with tqdm(total=documents.size, unit="B", unit_scale=True, desc="measuring", mininterval=1, disable=None) as bar:
+        for batch in documents:
+            each = np.diff(batch.offsets)
+            count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))
+            words += count_words(batch)
+            hashes.append(document_hashes(batch))
+            lengths += np.bincount(np.ceil(np.log2(each)).astype(int), minlength=64)
+            if seen:
+                seen.look(batch)
+            bar.update(int(each.sum()))
+    hashes = np.concatenate(hashes)
+    duplicates = count - len(np.unique(hashes))
+    figures = {"documents": count, "bytes": size, "words": words, "duplicates": duplicates, "longest": longest}
+    return figures, hashes, np.trim_zeros(lengths, "b")
+
+
+if __name__ == "__main__":
+    run(main)

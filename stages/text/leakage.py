@@ -1,0 +1,148 @@
+"""How much of the held-out text stands word for word in the training text.
+
+An n-gram is 13 words (as in https://arxiv.org/abs/2005.14165, appendix C), or 50 bytes of text without
+spaces. Those of the held-out documents are kept as 64-bit hashes, and the training text is streamed over
+them. Above MOST_GRAMS of them, a fixed share of all possible n-grams is looked at, in both texts alike.
+"""
+
+from dataclasses import dataclass
+
+from stages.text.corpus import Batch, Documents
+
+import numpy as np
+
+WORDS, BYTES = 13, 50
+LONG_WORD_BYTES = 25  # on average, where text has no spaces
+MOST_GRAMS = 1 << 22
+PART_BYTES = 1 << 20
+SPACE = np.isin(np.arange(256), [ord(c) for c in map(chr, range(128)) if c.isspace()])
+_random = np.random.default_rng(0)
+VALUES = _random.integers(0, 1 << 63, 256, np.uint64)
+BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
+POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE))
+INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, np.uint64(pow(int(BASE), -1, 1 << 64))))
+
+
+def mixed(hashes: np.ndarray) -> np.ndarray:
+    """Spreads differences over all bits (https://prng.di.unimi.it/splitmix64.c)."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+def span_hashes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Polynomial hashes modulo 2**64 of values[start:end], wherever it stands.
+
+    Args:
+        values: (N,) uint64, N at most PART_BYTES.
+        starts, ends: (n,) int64.
+    """
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values * POWERS[: len(values)], out=sums[1:])
+    return mixed((sums[ends] - sums[starts]) * INVERSES[starts])
+
+
+def words_of(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the words of documents begin and end: runs of bytes that are not ASCII white space, (n,) int64 each.
+
+    Args:
+        text: (N,) uint8; offsets: where in it each document begins, and the end of the last one.
+    """
+    space = SPACE[text]
+    visible = ~space
+    begins, stops = visible.copy(), visible.copy()
+    begins[1:] &= space[:-1]
+    stops[:-1] &= space[1:]
+    # Words end where documents do.
+    inner = offsets[1:-1]
+    inner = inner[(inner > 0) & (inner < len(text))]
+    begins[inner] = visible[inner]
+    stops[inner - 1] = visible[inner - 1]
+    return np.flatnonzero(begins), np.flatnonzero(stops) + 1
+
+
+def parts(batch: Batch):
+    """A batch's text and offsets; the one document of a large batch in parts."""
+    text = np.frombuffer(batch.text, np.uint8)[: batch.offsets[-1]]
+    for start in range(0, len(text), PART_BYTES):
+        part = text[start : start + PART_BYTES]
+        yield part, batch.offsets if len(text) <= PART_BYTES else np.array([0, len(part)])
+
+
+def count_words(batch: Batch) -> int:
+    """White-space-separated words, as str.split() finds them."""
+    if batch.text.nbytes > PART_BYTES or not bytes(batch.text).isascii():
+        return sum(len(str(document, "utf-8").split()) for document in batch)
+    return len(words_of(*next(parts(batch)))[0])
+
+
+@dataclass
+class Grams:
+    """N-grams of one kind.
+
+    Args:
+        unit: words or bytes.
+        most: hashes above it aren't looked at.
+    """
+
+    unit: str
+    most: np.uint64
+
+    @property
+    def name(self) -> str:
+        return f"{WORDS if self.unit == 'words' else BYTES} {self.unit}"
+
+    @staticmethod
+    def of(words: int, size: int) -> "Grams":
+        """The kind for held-out text of so many words and bytes."""
+        unit = "words" if size < LONG_WORD_BYTES * words else "bytes"
+        total = words if unit == "words" else size
+        return Grams(unit, np.uint64(min((1 << 64) - 1, (MOST_GRAMS << 64) // max(total, 1))))
+
+    def hashes(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The n-grams of documents: hashes (n,) uint64, and the number of the document each is of."""
+        values = VALUES[text]
+        if self.unit == "words":
+            starts, ends = words_of(text, offsets)
+            n, values = WORDS, span_hashes(values, starts, ends)
+        else:
+            n, starts = BYTES, np.arange(len(text))
+        first = np.arange(max(0, len(values) - n + 1))
+        document = np.searchsorted(offsets, starts, "right") - 1 if len(offsets) > 2 else np.zeros(len(starts), int)
+        first = first[document[first] == document[first + n - 1]]
+        hashes = span_hashes(values, first, first + n)
+        kept = hashes <= self.most
+        return hashes[kept], document[first[kept]]
+
+
+class Seen:
+    """Which of the held-out n-grams the training text has."""
+
+    def __init__(self, grams: Grams, held_out: list[Documents]):
+        self.grams = grams
+        hashes = [grams.hashes(*part)[0] for split in held_out for batch in split for part in parts(batch)]
+        self.hashes = np.unique(np.concatenate(hashes))
+        self.seen = np.zeros(len(self.hashes), bool)
+        bits = max(16, int(16 * len(self.hashes)).bit_length())
+        self.shift = np.uint64(64 - bits)
+        # Most n-grams of the training text are none of them: a table says so at one look.
+        self.maybe = np.zeros(1 << bits, bool)
+        self.maybe[mixed(self.hashes) >> self.shift] = True
+
+    def look(self, batch: Batch) -> None:
+        if not len(self.hashes):
+            return
+        for text, offsets in parts(batch):
+            hashes, _ = self.grams.hashes(text, offsets)
+            hashes = hashes[self.maybe[mixed(hashes) >> self.shift]]
+            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+            self.seen[at[self.hashes[at] == hashes]] = True
+
+    def by_document(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """How many n-grams each document of a held-out batch has, and how many of them are in the training text."""
+        total = np.zeros((2, len(batch)), np.int64)
+        for text, offsets in parts(batch):
+            hashes, document = self.grams.hashes(text, offsets)
+            found = self.seen[np.searchsorted(self.hashes, hashes)]
+            total += np.bincount(document, minlength=len(batch)), np.bincount(document, found, len(batch)).astype(int)
+        return total[0], total[1]

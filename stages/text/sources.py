@@ -1,0 +1,319 @@
+"""Documents from files as people have them: text, JSON lines, CSV, Parquet, compressed or not, alone or in folders.
+
+Files are read, not mapped: one that is cut short meanwhile is an error, not a crash.
+"""
+
+import codecs
+import csv
+import io
+import json
+import lzma
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from stages.common.errors import UserError, one_line
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+CHUNK_BYTES = 1 << 22
+MARKER = b"<|endoftext|>"  # between the documents of text in GPT-2's format
+FORMATS = {"": "txt", ".txt": "txt", ".text": "txt", ".md": "txt"}
+FORMATS |= {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+READABLE = ".txt, .jsonl, .csv or .parquet, each also with .gz, .bz2, .xz or .zst"
+
+LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
+BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
+csv.field_size_limit((1 << 31) - 1)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that holds documents, and what it was when it was found.
+
+    Args:
+        format: txt, jsonl, csv or parquet.
+        compression: gzip, bz2, xz, zstd or None.
+        state: size, time of last change and number of the file.
+    """
+
+    path: str
+    format: str
+    compression: str | None
+    state: tuple[int, int, int]
+
+    @property
+    def size(self) -> int:
+        return self.state[0]
+
+
+def find_files(path: str, document: str) -> list[SourceFile]:
+    """The files of a source in sorted order. Hidden ones and Python's __pycache__ don't count.
+
+    Args:
+        path: a file or a folder.
+        document: `file` takes any ending for text.
+    Raises:
+        UserError: nothing there, nothing readable, an unknown ending, formats mixed in a folder, an empty file.
+    """
+    if not os.path.exists(path):
+        dataset = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not os.path.splitext(path)[1]
+        hint = f"`hf download {path} --repo-type dataset --include '*.parquet' --local-dir data/{path}`"
+        more = f"; a Hugging Face dataset: {hint}, then name that folder" if dataset else ""
+        raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text{more}")
+    names = [path]
+    if os.path.isdir(path):
+        names = sorted(
+            os.path.join(folder, name)
+            for folder, _, found in os.walk(path)
+            for name in found
+            if not re.search(r"(^|/)(\.|__pycache__(/|$))", os.path.relpath(os.path.join(folder, name), path))
+        )
+    files, unknown = [], []
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        compression = COMPRESSIONS.get(ending.lower())
+        ending = os.path.splitext(stem)[1] if compression else ending
+        kind = FORMATS.get(ending.lower(), "txt" if document == "file" else None)
+        state = state_of(name)
+        if kind is None:
+            unknown.append((name, ending))
+        elif state[0]:
+            files.append(SourceFile(name, kind, compression, state))
+        elif not os.path.isdir(path):
+            raise UserError(f"{name}: empty file")
+    if unknown and (not files or not os.path.isdir(path)):
+        name, ending = unknown[0]
+        raise UserError(
+            f"{name}: no reader for {ending}: name a file or folder of {READABLE}, "
+            "or set data.document: file, which takes every file for text"
+        )
+    if not files:
+        raise UserError(f"{path}: no file in it that can be read: {READABLE}")
+    formats = {file.format: file.path for file in reversed(files)} | {ending: name for name, ending in unknown[:1]}
+    if len(formats) > 1:
+        (one, first), (other, second) = list(formats.items())[:2]
+        raise UserError(f"{path}: mixed formats: {first} is {one}, {second} {other}: a folder must hold one")
+    return files
+
+
+def state_of(path: str) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def check_unchanged(path: str, document: str, files: list[SourceFile]) -> None:
+    """Raises UserError when a source isn't what it was before it was read."""
+    try:
+        same = find_files(path, document) == files
+    except (UserError, OSError):
+        same = False
+    if not same:
+        raise UserError(f"{path}: changed while it was read: run it again")
+
+
+def read_documents(file: SourceFile, settings, advance: Callable[[int], object]) -> Iterator[bytes]:
+    """The documents of a file in order, in UTF-8, blank ones left out.
+
+    Args:
+        settings: the data group.
+        advance: told the bytes of the file that have been read since it was called last.
+    Raises:
+        UserError: broken compression or format, not UTF-8, no such field, a field that is no text.
+    """
+    with ExitStack() as stack:
+        try:
+            raw = stack.enter_context(open(file.path, "rb"))
+            stream = stack.enter_context(decompressed(raw, file.compression))
+            documents = READERS[file.format](stream, file.path, settings)
+            read = 0
+            for document in documents:
+                if raw.tell() != read:
+                    advance(raw.tell() - read)
+                    read = raw.tell()
+                if document and not document.isspace():
+                    yield document
+            advance(file.size - read)
+        except (pa.ArrowException, lzma.LZMAError, EOFError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            what = file.compression if file.compression else file.format
+            raise UserError(f"{file.path}: broken {what}: {one_line(error)}: get it again") from None
+
+
+def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    if compression is None:
+        return raw
+    return lzma.open(raw) if compression == "xz" else io.BufferedReader(pa.CompressedInputStream(raw, compression))
+
+
+def read_txt(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+    marker = settings.separator.encode()
+    chunks = checked_chunks(stream, path, None if settings.document == "separator" else marker)
+    if settings.document == "separator":
+        return split_at_marker(chunks, marker)
+    return split_at_lines(chunks, settings.document)
+
+
+def checked_chunks(stream: BinaryIO, path: str, marker: bytes | None) -> Iterator[bytes]:
+    """A text in chunks that are known to be UTF-8.
+
+    Args:
+        marker: said to stand in the text once, when it does.
+    """
+    offset, rest = 0, b""
+    while chunk := stream.read(CHUNK_BYTES):
+        chunk = rest + chunk
+        if not chunk.isascii():
+            try:
+                _, end = codecs.utf_8_decode(chunk, "strict", False)
+            except UnicodeDecodeError as error:
+                raise not_utf8(path, offset + error.start) from None
+            chunk, rest = chunk[:end], chunk[end:]
+        else:
+            rest = b""
+        if marker and marker in chunk:
+            print(f"note: {path} holds {marker.decode()}: does data.document: separator fit it?", file=sys.stderr)
+            marker = None
+        yield chunk
+        offset += len(chunk)
+    if rest:
+        raise not_utf8(path, offset)
+
+
+def not_utf8(path: str, offset: int) -> UserError:
+    return UserError(f"{path}: not UTF-8 at byte offset {offset:,}: convert the file to UTF-8")
+
+
+def split_at_lines(chunks: Iterator[bytes], document: str) -> Iterator[bytes]:
+    """Documents between blank lines, lines, or the whole text. But for the last, they end before their last line end.
+
+    A chunk is searched up to its last visible character: what stands between documents is white space.
+    """
+    current, tail, leading = bytearray(), b"", document == "blank_line"
+    for chunk in chunks:
+        window = tail + chunk
+        end = len(window.rstrip())
+        start = LEADING_BLANK_LINES.match(window, 0, end).end() if leading and end else 0
+        leading = leading and not end
+        text, tail = window[start:end], window[end:]
+        if document == "file":
+            current += text
+            continue
+        first, *others = text.split(b"\n") if document == "line" else BLANK_LINES.split(text)
+        current += first
+        if others:
+            yield current.removesuffix(b"\r")
+            for part in others[:-1]:
+                yield part.removesuffix(b"\r")
+            current = bytearray(others[-1])
+    if document != "file" and b"\n" in tail:
+        tail = tail[: tail.index(b"\n")].removesuffix(b"\r")
+    current += tail
+    yield current
+
+
+def split_at_marker(chunks: Iterator[bytes], marker: bytes) -> Iterator[bytes]:
+    """Documents between markers; line ends around a marker belong to none."""
+    current, tail = bytearray(), b""
+    for chunk in chunks:
+        *parts, rest = (tail + chunk).split(marker)
+        for part in parts:
+            yield (current + part).strip(b"\r\n")
+            current = bytearray()
+        cut = max(0, len(rest) - len(marker) + 1)
+        current += rest[:cut]
+        tail = rest[cut:]
+    yield (current + tail).strip(b"\r\n")
+
+
+def read_jsonl(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+    for number, line in enumerate(stream, 1):
+        if not line.isspace():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number:,}: broken JSON: {one_line(error)}: mend it") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: line {number:,}: no object with fields: every line must be one")
+            yield field(row, settings.text_key, f"{path}: line {number:,}")
+
+
+def read_csv(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+    def lines() -> Iterator[str]:
+        for number, line in enumerate(stream, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{path}: line {number:,}: not UTF-8: convert the file to UTF-8") from None
+
+    rows = csv.reader(lines(), strict=True)
+    try:
+        names = next(rows)
+        field(dict.fromkeys(names, ""), settings.text_key, f"{path}: line 1")
+        at = names.index(settings.text_key)
+        for row in rows:
+            if len(row) != len(names) and row:
+                raise UserError(f"{path}: line {rows.line_num:,}: {len(row)} fields, not {len(names)}: mend it")
+            yield row[at].encode() if row else b""
+    except csv.Error as error:
+        raise UserError(f"{path}: line {rows.line_num:,}: broken CSV: {one_line(error)}: mend it") from None
+
+
+def read_parquet(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+    with tempfile.TemporaryFile() as file:
+        if not (isinstance(stream, io.BufferedReader) and stream.seekable()):
+            while chunk := stream.read(CHUNK_BYTES):
+                file.write(chunk)
+            stream = file
+        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        field(dict.fromkeys(table.schema_arrow.names, ""), settings.text_key, path)
+        kind = table.schema_arrow.field(settings.text_key).type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(f"{path}: field {settings.text_key!r} is {kind}, no text: set data.text_key")
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[settings.text_key]):
+            for value in batch.column(0).cast(pa.large_string()).cast(pa.large_binary()).to_pylist():
+                number += 1
+                if value is None:
+                    raise UserError(f"{path}: row {number:,}: field {settings.text_key!r} is null, no text")
+                yield value
+
+
+def field(row: dict, key: str, place: str) -> bytes:
+    if key not in row:
+        names = ", ".join(map(str, row)) or "none"
+        raise UserError(f"{place}: no field {key!r}, there are: {names}: set data.text_key")
+    value = row[key]
+    if not isinstance(value, str):
+        raise UserError(f"{place}: field {key!r} is {json.dumps(value)[:40]}, no text: set data.text_key or mend it")
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: field {key!r} holds half a character (a surrogate): mend it") from None
+
+
+READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}
+
+
+def read_source(path: str, files: list[SourceFile], settings, advance: Callable[[int], object]) -> Iterator[bytes]:
+    """The documents of a source's files, one after the other.
+
+    Raises:
+        UserError: as `read_documents`, and when there is no document at all.
+    """
+    count = 0
+    for file in files:
+        for document in read_documents(file, settings, advance):
+            count += 1
+            yield document
+    if not count:
+        raise UserError(f"{path}: only white space: it has no document")

@@ -1,0 +1,176 @@
+"""The documents of each split from the files that the settings name.
+
+Where valid_file or test_file is the path of train_file, documents are held out of it by a hash of their
+text: equal ones are never on two sides, and text that is added moves none.
+"""
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from stages.common.errors import UserError
+from stages.text.corpus import Documents, write_documents
+from stages.text.sources import check_unchanged, find_files, read_source
+
+import numpy as np
+from tqdm import tqdm
+
+PARAGRAPH_END = re.compile(rb"\n\s*\n")
+LINE_END = re.compile(rb"\n")
+PIECE_PARAGRAPHS = 16  # on average
+SIMILARITY = 0.8  # Jaccard similarity of near-duplicates, by MinHash of their word 5-grams
+SHINGLE_WORDS, PERMUTATIONS = 5, 128
+
+
+def sources_of(settings) -> dict[str, str]:
+    """The path of each split's text.
+
+    Args:
+        settings: the data group.
+    """
+    files = {"train": settings.train_file, "valid": settings.valid_file, "test": settings.test_file}
+    return {name: os.path.normpath(path) for name, path in (files | (settings.test_files or {})).items()}
+
+
+def write_splits(settings, folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Writes NAME.arrow for each of some splits.
+
+    Args:
+        settings: the data group.
+    Returns:
+        how many documents of each split `deduplicate` has left out.
+    Raises:
+        UserError: a source that can't be read or that changed meanwhile; a split without documents.
+    """
+    sources = sources_of(settings)
+    files = {sources[name]: find_files(sources[name], settings.document) for name in names}
+    hashes = {}
+    total = sum(file.size for found in files.values() for file in found)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
+        for path, found in files.items():
+            documents = read_source(path, found, settings, bar.update)
+            if path == sources["train"] in (sources["valid"], sources["test"]):
+                documents = cut_if_single(documents, path)
+            hashes[path] = write_hashed(folder / f".{len(hashes)}.arrow", documents, settings.split_seed)
+            check_unchanged(path, settings.document, found)
+    parts = {name: part_of(name, sources, hashes[sources[name]], settings) for name in names}
+    for name, part in parts.items():
+        if not part.any():
+            raise UserError(
+                f"{sources[name]}: no document of {len(part):,} is left for {name}: raise data.{name}_fraction, "
+                f"change data.split_seed, or name another file"
+                if name in ("valid", "test")
+                else f"{sources[name]}: no document is left to train on: lower data.valid_fraction and test_fraction"
+            )
+    whole = {name: int(part.sum()) for name, part in parts.items()}
+    numbers = {path: f".{i}" for i, path in enumerate(hashes)}
+    if settings.deduplicate != "none":
+        drop_equal(parts, {name: hashes[sources[name]] for name in names})
+    if settings.deduplicate == "near":
+        drop_similar({name: Documents(numbers[sources[name]], folder) for name in names}, parts)
+    if "train" in parts and not parts["train"].any():
+        raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
+    for name, part in parts.items():
+        select(Documents(numbers[sources[name]], folder), part, folder / f"{name}.arrow")
+    for number in numbers.values():
+        (folder / f"{number}.arrow").unlink()
+    return {name: whole[name] - int(part.sum()) for name, part in parts.items()}
+
+
+def write_hashed(target: Path, documents: Iterator[bytes], seed: int) -> np.ndarray:
+    """Writes documents; returns a hash of each that depends on a seed, (n,) uint64."""
+    hashes = bytearray()
+
+    def hashed() -> Iterator[bytes]:
+        for document in documents:
+            hashes.extend(digest(document, seed))
+            yield document
+
+    write_documents(target, hashed())
+    return np.frombuffer(hashes, "<u8")
+
+
+def document_hashes(documents: Iterable[bytes | memoryview], seed: int = 0) -> np.ndarray:
+    """A hash of each document, (n,) uint64."""
+    return np.frombuffer(b"".join(digest(document, seed) for document in documents), "<u8")
+
+
+def digest(text: bytes | memoryview, seed: int = 0) -> bytes:
+    return hashlib.blake2b(text, digest_size=8, key=b"%d" % seed).digest()
+
+
+def part_of(name: str, sources: dict[str, str], hashes: np.ndarray, settings) -> np.ndarray:
+    """Which documents of its source a split has, (n,) bool: all, or where splits share one, a range of hashes."""
+    where = hashes / 2.0**64
+    bounds = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
+    shared = [other for other in bounds if sources[other] == sources["train"]]
+    if name in shared:
+        return bounds[name]
+    part = np.ones(len(hashes), bool)
+    for other in shared if name == "train" else ():
+        part &= ~bounds[other]
+    return part
+
+
+def drop_equal(parts: dict[str, np.ndarray], hashes: dict[str, np.ndarray]) -> None:
+    """Leaves the first of equal documents in each split, and none in train that stands in another."""
+    for name, part in parts.items():
+        rows = np.flatnonzero(part)
+        _, first = np.unique(hashes[name][rows], return_index=True)
+        part[:] = False
+        part[rows[first]] = True
+    if "train" in parts:
+        held_out = [hashes[name][part] for name, part in parts.items() if name != "train"]
+        parts["train"] &= ~np.isin(hashes["train"], np.concatenate([np.empty(0, np.uint64), *held_out]))
+
+
+def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) -> None:
+    """Leaves no near-duplicate of a held-out document in train, and of each other the first."""
+    from rensa import RMinHash, RMinHashDeduplicator
+
+    known = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True)
+    for name in sorted(parts, key="train".__eq__):
+        part = parts[name]
+        for i, document in enumerate(tqdm(documents[name].documents(), "comparing", len(part), disable=None)):
+            if part[i]:
+                words = str(document, "utf-8").split()
+                words = words if len(words) > 1 else list("".join(words))  # text without spaces
+                count = max(1, len(words) - SHINGLE_WORDS + 1)
+                minhash = RMinHash(PERMUTATIONS, 0)
+                minhash.update([" ".join(words[j : j + SHINGLE_WORDS]) for j in range(count)])
+                new = known.add(f"{name} {i}", minhash)
+                part[i] = new or name != "train"
+
+
+def select(source: Documents, part: np.ndarray, target: Path) -> None:
+    if part.all():
+        os.link(source.path, target)
+    else:
+        write_documents(target, (document for document, wanted in zip(source.documents(), part) if wanted))
+
+
+def cut_if_single(documents: Iterator[bytes], path: str) -> Iterator[bytes]:
+    """The documents, or if there is only one, pieces of it.
+
+    A piece ends at a paragraph (or line) whose hash says so, some PIECE_PARAGRAPHS after the last one: text that is
+    added changes no other piece.
+    """
+    first = list(islice(documents, 2))
+    if len(first) != 1:
+        yield from chain(first, documents)
+        return
+    (text,) = first
+    ends = PARAGRAPH_END if PARAGRAPH_END.search(text) else LINE_END
+    print(f"note: {path} is one document: it is held out of in pieces that end at paragraphs", file=sys.stderr)
+    start = last = 0
+    for match in ends.finditer(text):
+        paragraph, last = text[last : match.start()], match.end()
+        if int.from_bytes(digest(paragraph)) % PIECE_PARAGRAPHS == 0:
+            yield text[start : match.start()]
+            start = last
+    if text[start:].strip():
+        yield text[start:]
