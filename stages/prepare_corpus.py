@@ -1,10 +1,12 @@
 """Makes data/corpus/, the documents of each split, and metrics/corpus.json: what they are and what leaks."""
 
+import hashlib
 import json
 import sys
 
 from stages.common.errors import run
 from stages.common.files import new_folder, write_text
+from stages.common.hub import check_watched
 from stages.common.paths import CORPUS, METRICS
 from stages.common.settings import load
 from stages.text.corpus import Documents
@@ -21,6 +23,8 @@ LEAKAGE_NOTE = 0.01
 def main() -> None:
     settings = load("stages.prepare_corpus", __doc__)
     names = sources_of(settings.data)
+    for name, path in settings.data.test_files.items():
+        check_watched(f"data.test_files.{name}", path)
     with new_folder(CORPUS) as folder:
         dropped = write_splits(settings.data, folder, names)
         figures = describe({name: Documents(name, folder) for name in names}, dropped)
@@ -42,7 +46,7 @@ def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
 
     Returns:
         sets: documents, bytes, words, duplicates (documents that an earlier one of the split equals), dropped (by
-            data.deduplicate) and the longest document's bytes, of each split.
+            data.deduplicate), the longest document's bytes and a hash of the documents in order, of each split.
         ngram: what an n-gram is: 13 words or 50 bytes.
         leakage: of each split but train, the share of documents and of n-grams that stand in train, and the
             documents (numbered from 1) with the largest share.
@@ -95,6 +99,7 @@ def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.nd
     hashes = np.concatenate(hashes)
     duplicates = count - len(np.unique(hashes))
     figures = {"documents": count, "bytes": size, "words": words, "duplicates": duplicates, "longest": longest}
+    figures["sha256"] = hashlib.sha256(hashes.tobytes()).hexdigest()
     return figures, hashes, np.trim_zeros(lengths, "b")
 
 

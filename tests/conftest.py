@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -99,6 +100,23 @@ def set_params(project: Path, *settings: str) -> None:
         group[leaf] = YAML(typ="safe").load(value)
     with file.open("w") as stream:
         yaml.dump(params, stream)
+
+
+def data_settings(**changes) -> SimpleNamespace:
+    """The data group of params.yaml, with changes."""
+    return SimpleNamespace(**{**yaml.safe_load((ROOT / "params.yaml").read_text())["data"], **changes})
+
+
+def corpus_of(text: Path, document: str) -> dict:
+    """The documents of one text file as the train split, as prepare_corpus makes it, in a folder beside it."""
+    from stages.text.corpus import Documents
+    from stages.text.splits import write_splits
+
+    folder = text.with_name("corpus")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_splits(data_settings(train_file=str(text), document=document), folder, ["train"])
+    return {"train": Documents("train", folder)}
 
 
 def copy_checkout(target: Path) -> Path:
@@ -203,6 +221,8 @@ def ready(template, warm, tmp_path_factory) -> Path:
     shutil.copytree(project / "models/gpt2", project / "pretrained")
     pipeline = project / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("# - path/to/folder", "- pretrained"))
+    (project / "data/more.txt").write_text(sample_lines(12_000, 24))
+    pipeline.write_text(pipeline.read_text().replace("# - path/to/text", "- data/more.txt"))
     warm("dvc", "repro", cwd=project)
     shutil.rmtree(project / "models/checkpoints")  # or a forced training would only export the last one
     run("git", "add", "-A", cwd=project)

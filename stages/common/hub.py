@@ -38,12 +38,11 @@ def is_local(key: str, name: str, *files: str) -> bool:
         ) from None
 
 
-def check_watched(key: str, folder: str) -> None:
+def check_watched(key: str, path: str) -> None:
     """Run by DVC, a stage may read only what DVC watches, or a change in it would rerun nothing."""
     if stage := os.environ.get("DVC_STAGE"):
         deps = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]["deps"]
-        if os.path.normpath(folder) not in map(os.path.normpath, deps):
+        if os.path.normpath(path) not in map(os.path.normpath, deps):
             raise UserError(
-                f"params.yaml: {key}: DVC doesn't watch the folder {folder}: "
-                f"add `- {folder}` to the deps of {stage} in dvc.yaml"
+                f"params.yaml: {key}: DVC doesn't watch {path}: add `- {path}` to the deps of {stage} in dvc.yaml"
             )

@@ -5,6 +5,7 @@ checks the whole file, so that a slip in a late stage's group stops the first on
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from functools import cache
 from types import UnionType
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PARAMS_FILE = "params.yaml"
 BYTE_ALPHABET = 256
+SET_NAMES = ("train", "valid", "test", "meta")  # files of data/blocks have them
 MAX_INT = (1 << 62) - 1
 
 # A constraint, and the words that an error message and the docs have for it.
@@ -360,6 +362,8 @@ def words(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, Iterable):
         return f"a list of {words(arguments[0])}"
+    if get_origin(kind) is dict:
+        return "a list of `name: path`"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(words, arguments)))
     return f"a {getattr(kind, '__name__', kind)}'s class_path and init_args"
@@ -386,9 +390,15 @@ def check_combinations(settings: Settings, given: dict[str, tuple[str, str]]) ->
     odd = model.from_pretrained is None and model.n_embd % model.n_head
     stride, clip, batches = settings.evaluate.stride, trainer.gradient_clip_val, trainer.accumulate_grad_batches
     files = {name: value for name, value in settings.data if name.endswith("_file")}
-    rules = {f"data.{name}: empty: name a UTF-8 text file": not value.strip() for name, value in files.items()} | {
+    data = settings.data
+    rules = {f"data.{name}: empty: name a file or folder": not value.strip() for name, value in files.items()} | {
         f"tokenizer.vocab_size: {vocab_size} is below the byte alphabet: at least {least} (256 bytes, end-of-text and "
         "special_tokens), or set tokenizer.algorithm: byte": merges and vocab_size < least,
+        f"data.test_files: {', '.join(data.test_files)}: a name must be letters, digits, - or _, and none of "
+        f"{', '.join(SET_NAMES)}": any(n in SET_NAMES or not re.fullmatch(r"[\w-]+", n) for n in data.test_files),
+        "data.valid_fraction: together with data.test_fraction, it leaves nothing to train on: lower it": (
+            data.valid_fraction + data.test_fraction >= 1
+        ),
         f"tokenizer.special_tokens: {special}: must be two or more characters each, and stand there once": any(
             not token.strip() or len(token) < 2 or special.count(token) > 1 for token in special
         ),

@@ -23,7 +23,7 @@ PARAGRAPH_END = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")
 PIECE_PARAGRAPHS = 16  # on average
 SIMILARITY = 0.8  # Jaccard similarity of near-duplicates, by MinHash of their word 5-grams
-SHINGLE_WORDS, PERMUTATIONS = 5, 128
+SHINGLE_WORDS, PERMUTATIONS, MINHASH_SEED = 5, 128, 42
 
 
 def sources_of(settings) -> dict[str, str]:
@@ -33,7 +33,7 @@ def sources_of(settings) -> dict[str, str]:
         settings: the data group.
     """
     files = {"train": settings.train_file, "valid": settings.valid_file, "test": settings.test_file}
-    return {name: os.path.normpath(path) for name, path in (files | (settings.test_files or {})).items()}
+    return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
 def write_splits(settings, folder: Path, names: Iterable[str]) -> dict[str, int]:
@@ -132,7 +132,7 @@ def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) 
     """Leaves no near-duplicate of a held-out document in train, and of each other the first."""
     from rensa import RMinHash, RMinHashDeduplicator
 
-    known = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True)
+    known = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True, seed=MINHASH_SEED)
     for name in sorted(parts, key="train".__eq__):
         part = parts[name]
         for i, document in enumerate(tqdm(documents[name].documents(), "comparing", len(part), disable=None)):
@@ -140,7 +140,7 @@ def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) 
                 words = str(document, "utf-8").split()
                 words = words if len(words) > 1 else list("".join(words))  # text without spaces
                 count = max(1, len(words) - SHINGLE_WORDS + 1)
-                minhash = RMinHash(PERMUTATIONS, 0)
+                minhash = RMinHash(PERMUTATIONS, MINHASH_SEED)
                 minhash.update([" ".join(words[j : j + SHINGLE_WORDS]) for j in range(count)])
                 new = known.add(f"{name} {i}", minhash)
                 part[i] = new or name != "train"

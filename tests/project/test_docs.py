@@ -81,7 +81,7 @@ def flat(group: dict, prefix: str = "") -> dict:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
     result = {}
     for key, value in group.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return result
 
 

@@ -23,7 +23,7 @@ def leaves(settings: dict, prefix: str = "") -> list[str]:
     return [
         leaf
         for key, value in settings.items()
-        for leaf in (leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key])
+        for leaf in (leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key])
     ]
 
 
@@ -132,7 +132,7 @@ def test_folder_that_dvc_does_not_watch(copy, warm):
         assert failed.returncode != 0
         line = next(line for line in failed.stderr.splitlines() if line.startswith("error:"))
         assert re.fullmatch(
-            rf"error: params\.yaml: {key}: DVC doesn't watch the folder pretrained: "
+            rf"error: params\.yaml: {key}: DVC doesn't watch pretrained: "
             rf"add `- pretrained` to the deps of {stage} in dvc\.yaml",
             line,
         )

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from stages.text.documents import document_spans, open_text, pieces
+from stages.text.encoding import document_parts
+from stages.text.tokenizers import SAFE_CUT
 
 import pytest
+from conftest import corpus_of
 from memory import measure, write
 
 
@@ -17,25 +19,27 @@ def mapped_mib() -> float:
 @pytest.mark.parametrize("document", ["blank_line", "line", "file"])
 def test_read_pages_are_given_back(tmp_path, document):
     write(tmp_path / "text.txt", "prose", 48)
-    before = highest = mapped_mib()
-    with open_text(str(tmp_path / "text.txt")) as text:
-        for start, end in document_spans(text, document):
-            for i, _ in enumerate(pieces(text, start, end, "text.txt")):
-                if i % 64 == 0 and start % 64 == 0:
-                    highest = max(highest, mapped_mib())
-        highest = max(highest, mapped_mib())
+    splits, before = corpus_of(tmp_path / "text.txt", document), mapped_mib()
+    highest = before
+    for i, text in enumerate(splits["train"].documents()):
+        for j, _ in enumerate(document_parts(text, "", SAFE_CUT)):
+            if j == 64 or i % 4096 == 0:
+                splits["train"].release()
+                highest = max(highest, mapped_mib())
     assert highest < before + 12
 
 
 def test_peak_memory_is_flat(tmp_path):
     settings = [f"--data.{split}_file={split}.txt" for split in ("train", "valid", "test")]
-    peaks = {}
+    peaks, prepared = {}, {}
     for split in ("valid", "test"):
         write(tmp_path / f"{split}.txt", "prose", 0.01)
     for mib in (6, 24):
         write(tmp_path / "train.txt", "prose", mib)
+        prepared[mib], _ = measure(tmp_path, "prepare_corpus", *settings)
         if mib == 6:
             measure(tmp_path, "train_tokenizer", *settings, "--tokenizer.algorithm=byte")
         peaks[mib], _ = measure(tmp_path, "tokenize_blocks", *settings)
+    assert prepared[24] < prepared[6] + 60
     # Two runs on the same text differ by up to 50 MiB; the ids of 18 MiB as Python's integers would take 600.
     assert peaks[24] < peaks[6] + 100

@@ -5,17 +5,17 @@ import json
 import math
 import string
 import sys
+from pathlib import Path
 
 from stages.common.errors import UserError
 from stages.text import encoding, tokenizers
-from stages.text.documents import open_text
 from stages.text.streams import write_blocks
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import run_stage, sample_lines, set_params
+from conftest import corpus_of, run_stage, sample_lines, set_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -90,9 +90,11 @@ def sentencepiece_folder(folder, cls: str = "BertGenerationTokenizer", **options
 def tokenized(folder, text: str, name, *arguments: str, template) -> tuple[np.ndarray, dict, str]:
     """The stream of a text that is one document, its counts and what the two real stages said."""
     (folder / "params.yaml").write_text((template / "params.yaml").read_text())
-    (folder / "text.txt").write_bytes(text.encode())
-    arguments = [*arguments, *(f"--data.{split}_file=text.txt" for split in ("train", "valid", "test"))]
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.txt").write_bytes(text.encode())
+    arguments = [*arguments, *(f"--data.{split}_file={split}.txt" for split in ("train", "valid", "test"))]
     arguments += ["--data.document", "file"]
+    assert run_stage(folder, "prepare_corpus", *arguments)[0] == 0
     said = ""
     for stage, more in (("train_tokenizer", ["--tokenizer.tokenizer_model", str(name)]), ("tokenize_blocks", [])):
         status, _, err = run_stage(folder, stage, *arguments, *(more if name else []))
@@ -169,10 +171,9 @@ def test_lossy_can_be_refused(template, tmp_path):
     folder = save(tokenizer, tmp_path / "own", eos_token="<|endoftext|>")
     tokenized(tmp_path, "é the Lord\n", folder, template=template)
     before = (tmp_path / "data/blocks/train.json").read_bytes()
-    files = [f"--data.{split}_file=text.txt" for split in ("train", "valid", "test")]
-    status, _, err = run_stage(tmp_path, "tokenize_blocks", *files, "--tokenizer.lossy", "refuse")
+    status, _, err = run_stage(tmp_path, "tokenize_blocks", "--tokenizer.lossy", "refuse")
     assert status == 1 and len(err.splitlines()) == 1
-    assert err.startswith("error: text.txt: document 1: the tokenizer gives back 'lord' for 'Lord'")
+    assert err.startswith("error: data/corpus/train.arrow: document 1: the tokenizer gives back 'lord' for 'Lord'")
     assert (tmp_path / "data/blocks/train.json").read_bytes() == before
 
 
@@ -221,7 +222,7 @@ def test_japanese_with_the_old_tokenizer(template, tmp_path):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
         set_params(tmp_path, f"data.{split}_file={split}.txt")
-    for stage in ("train_tokenizer", "tokenize_blocks", "train", "evaluate"):
+    for stage in ("prepare_corpus", "train_tokenizer", "tokenize_blocks", "train", "evaluate"):
         status, _, err = run_stage(tmp_path, stage)
         assert status == 0, err
     figures = json.loads((tmp_path / "metrics/eval.json").read_text())["test"]
@@ -282,9 +283,9 @@ def test_cuts_change_no_id(tmp_path, monkeypatch, kind, normalizer):
     (tmp_path / "text.txt").write_text(text, encoding="utf-8", newline="")
     with contextlib.chdir(tmp_path):
         monkeypatch.setattr(encoding, "PIECE_BYTES", 1 << 12)
-        with open_text("text.txt") as file:
-            parts = list(encoding.document_parts(file, 0, len(file), "text.txt", tokenizers.SAFE_CUT))
-        write_blocks({"train": "text.txt"}, "file", folder, "blocks")
+        splits = corpus_of(Path("text.txt"), "file")
+        parts = [p for d in splits["train"].documents() for p in encoding.document_parts(d, "", tokenizers.SAFE_CUT)]
+        write_blocks(splits, folder, "blocks")
     assert len(parts) > 20 and "".join(part for part, _ in parts) == text
     assert np.load(tmp_path / "blocks/train.npy").tolist() == [0, *tokenizer.encode(text).ids, 0]
 
@@ -293,8 +294,8 @@ def test_document_too_large_to_be_encoded_whole(tmp_path, monkeypatch):
     folder = save(llama_like("metaspace"), tmp_path / "own", eos_token="</s>", unk_token="<unk>")
     (tmp_path / "text.txt").write_text("the one\n" * 1000)
     monkeypatch.setattr(encoding, "WHOLE_BYTES", 4000)
-    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="text.txt: at byte offset 0, .* more than"):
-        write_blocks({"train": "text.txt"}, "file", folder, "blocks")
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="train.arrow: at byte offset 0, .* more than"):
+        write_blocks(corpus_of(Path("text.txt"), "file"), folder, "blocks")
     assert not (tmp_path / "blocks").exists()
 
 
@@ -357,7 +358,7 @@ def test_the_faster_library_is_left_where_its_ids_differ(tmp_path, monkeypatch, 
     folder, text = save(byte_level(), tmp_path / "own", eos_token="<|endoftext|>"), sample_lines(0, 60)
     (tmp_path / "text.txt").write_text(text)
     with contextlib.chdir(tmp_path):
-        write_blocks({"train": "text.txt"}, "line", folder, "blocks")
+        write_blocks(corpus_of(Path("text.txt"), "line"), folder, "blocks")
     note = "note: encoding by tokenizers, not by the faster fastokens: its ids differ for this tokenizer and text\n"
     assert capsys.readouterr().err.endswith(note)
     stream, tokenizer = np.load(tmp_path / "blocks/train.npy"), byte_level()

@@ -11,10 +11,11 @@ from stages.text.tokenizers import load_tokenizer
 
 import pandas as pd
 import pytest
-from conftest import run, set_params
+from conftest import corpus_of, run, set_params
 from selenium.webdriver.support.wait import WebDriverWait
 
 TITLES = {
+    "Documents by length": ("bytes, at most", "share of the documents"),
     "Training and validation loss": ("tokens seen", "loss (nats a token)"),
     "Learning rate": ("tokens seen", "learning rate"),
     "Validation loss": ("tokens seen", "loss (nats a token)"),
@@ -96,9 +97,9 @@ def test_plots_of_the_workspace_and_of_a_fresh_clone(two_commits, browser, tmp_p
 
 def test_a_large_test_text_has_a_small_table(built, tmp_path, monkeypatch):
     """Above a number of documents, runs of neighbours share a row, and none is lost."""
-    files = {"test": str(built / "data/test.txt")}
-    write_blocks(files, "line", built / "models/gpt2", tmp_path / "blocks")
-    split, model = load_split("test", tmp_path / "blocks"), load_model(built / "models/gpt2")
+    shutil.copy(built / "data/test.txt", tmp_path)
+    write_blocks(corpus_of(tmp_path / "test.txt", "line"), built / "models/gpt2", tmp_path / "blocks")
+    split, model = load_split("train", tmp_path / "blocks"), load_model(built / "models/gpt2")
     settings = SimpleNamespace(stride=None, batch_size=8)
     end_of_text = load_tokenizer(built / "models/gpt2").end_of_text
     whole = evaluate.figures_of(model, split, settings, end_of_text)[1]["loss_by_document"].sort_values("document")
