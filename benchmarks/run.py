@@ -307,7 +307,7 @@ def growth(megabytes: list[int] = [4, 16, 64, 256]) -> None:  # noqa: B006
         megabytes: sizes of train_file; valid_file and test_file have a 64th of it each.
     """
     print("growth:", flush=True)
-    stages = ("train_tokenizer", "tokenize_blocks", "train", "evaluate")
+    stages = ("prepare_corpus", "train_tokenizer", "tokenize_blocks", "train", "evaluate")
     seconds = {stage: [] for stage in stages}
     memory = {stage: [] for stage in stages}
     for size in megabytes:
@@ -365,7 +365,7 @@ def project(shape: str, megabytes: int = 0):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         grow_text(folder, params, megabytes * 10**6, 10**5)
-        for stage in ("train_tokenizer", "tokenize_blocks"):
+        for stage in ("prepare_corpus", "train_tokenizer", "tokenize_blocks"):
             run_stage(stage, folder)
         if "gpt2" in shape:
             # The sample has too few words for GPT-2's vocabulary, but its output layer has the full size.

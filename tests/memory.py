@@ -1,4 +1,4 @@
-"""Peak memory and speed of train_tokenizer and tokenize_blocks on large text, made on the spot.
+"""Peak memory and speed of prepare_corpus, train_tokenizer and tokenize_blocks on large text, made on the spot.
 
     python tests/memory.py --mib 1024
 
@@ -109,9 +109,10 @@ def main() -> int:
                 write(folder / f"{split}.txt", text, mib)
             files = [f"--data.{split}_file={split}.txt" for split in ("train", "valid", "test")]
             runs = []
-            for algorithm in arguments.algorithms:
-                runs.append(("train_tokenizer", [f"--tokenizer.algorithm={algorithm}"]))
-                runs += [("tokenize_blocks", [f"--data.document={document}"]) for document in arguments.documents]
+            for document in arguments.documents:
+                runs.append(("prepare_corpus", [f"--data.document={document}"]))
+                for algorithm in arguments.algorithms:
+                    runs += [("train_tokenizer", [f"--tokenizer.algorithm={algorithm}"]), ("tokenize_blocks", [])]
             for stage, settings in runs:
                 peak, seconds = measure(folder, stage, *files, *settings)
                 highest = max(highest, peak)

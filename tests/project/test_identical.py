@@ -65,8 +65,10 @@ def test_fresh_clone_without_cache(ready, tmp_path):
 ALGORITHMS = ("bpe", "unigram", "byte")
 TRAIN_EACH = f"""
 import os, sys
-from stages import train_tokenizer
+from stages import prepare_corpus, train_tokenizer
 options = ["--tokenizer.vocab_size", "1000", "--data.train_file", "text.txt"]
+sys.argv = ["", *options]
+prepare_corpus.main()
 for algorithm in {ALGORITHMS}:
     sys.argv = ["", *options, "--tokenizer.algorithm", algorithm]
     train_tokenizer.main()
@@ -137,8 +139,11 @@ def break_source(project: Path, file: str, old: str, new: str) -> None:
 # What makes each stage fail, the later in its work the better.
 FAILURES = {
     "sample_corpus": lambda project: break_source(project, "sample_corpus.py", 'SHA256 = "', 'SHA256 = "0'),
-    "train_tokenizer": lambda project: (project / "data/train.txt").write_bytes(b"In the beginning\xff" * 999),
-    "tokenize_blocks": lambda project: (project / "data/test.txt").write_bytes(b"In the beginning\xff" * 999),
+    "prepare_corpus": lambda project: (project / "data/test.txt").write_bytes(b"In the beginning\xff" * 999),
+    "train_tokenizer": lambda project: break_source(project, "train_tokenizer.py", "save(folder", "save(1 / 0, folder"),
+    "tokenize_blocks": lambda project: break_source(
+        project, "tokenize_blocks.py", "for name in split_names", 'for name in ["gone"] + split_names'
+    ),
     "train": lambda project: set_params(project, "optimizer.lr=1e30", "trainer.gradient_clip_val=null"),
     "evaluate": lambda project: set_params(project, "evaluate.stride=17"),
 }

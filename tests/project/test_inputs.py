@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from conftest import run, run_stage, set_params
 
-OUTPUTS = ("data/blocks", "models/tokenizer", "models/gpt2", "metrics")
+OUTPUTS = ("data/corpus", "data/blocks", "models/tokenizer", "models/gpt2", "metrics")
 
 
 @pytest.fixture
@@ -161,40 +161,39 @@ ANCHOR_BOMB = "bomb:\n  - &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 # name: (stage, settings as group.key=value / an edit / command line, what the line says)
 TEXT = {
-    "file is missing": ("tokenize_blocks", ["data.valid_file=data/none.txt"], r"data/none\.txt: no such file"),
-    "training text is missing": ("train_tokenizer", ["data.train_file=none.txt"], r"none\.txt: no such file"),
-    "file is empty": ("tokenize_blocks", [write("data/test.txt", "")], r"data/test\.txt: empty file"),
-    "training text is empty": ("train_tokenizer", [write("data/train.txt", "")], r"data/train\.txt: empty file"),
+    "file is missing": ("prepare_corpus", ["data.valid_file=data/none.txt"], r"data/none\.txt: no such file"),
+    "training text is missing": ("prepare_corpus", ["data.train_file=none.txt"], r"none\.txt: no such file"),
+    "file is empty": ("prepare_corpus", [write("data/test.txt", "")], r"data/test\.txt: empty file"),
+    "training text is empty": ("prepare_corpus", [write("data/train.txt", "")], r"data/train\.txt: empty file"),
     "file is blank": (
-        "tokenize_blocks",
+        "prepare_corpus",
         [write("data/valid.txt", " \n\t\n\r\n")],
         r"data/valid\.txt: only white space",
     ),
-    "file is a folder": ("tokenize_blocks", [folder("data/test.txt")], r"data/test\.txt: not a file"),
-    "training text is a folder": ("train_tokenizer", [folder("data/train.txt")], r"data/train\.txt: not a file"),
+    "folder is empty": ("prepare_corpus", [folder("data/test.txt")], r"data/test\.txt: no file in it that can be read"),
     "Latin-1": (
-        "tokenize_blocks",
+        "prepare_corpus",
         [write("data/valid.txt", "Grüße\n\nDie Straße".encode("latin-1"))],
         r"data/valid\.txt: not UTF-8 at byte offset 2: convert",
     ),
     "Latin-1 to train on": (
-        "train_tokenizer",
+        "prepare_corpus",
         [write("data/train.txt", b"a" * 300_000 + b"\n\xe9t\xe9")],
         r"data/train\.txt: not UTF-8 at byte offset 300,001: convert",
     ),
-    "UTF-16": ("tokenize_blocks", [write("data/test.txt", "Text".encode("utf-16"))], r"not UTF-8 at byte offset 0"),
+    "UTF-16": ("prepare_corpus", [write("data/test.txt", "Text".encode("utf-16"))], r"not UTF-8 at byte offset 0"),
     "cut inside a character": (
-        "tokenize_blocks",
+        "prepare_corpus",
         [write("data/test.txt", "Straße".encode()[:-2])],
         r"data/test\.txt: not UTF-8 at byte offset 4",
     ),
-    "empty file name": ("tokenize_blocks", ["data.train_file=''"], r"params\.yaml:5: data\.train_file: empty: name"),
+    "empty file name": ("prepare_corpus", ["data.train_file=''"], r"params\.yaml:5: data\.train_file: empty: name"),
     "name with shell characters": (
-        "tokenize_blocks",
+        "prepare_corpus",
         ["data.test_file='$(touch shell-was-run); `touch shell-was-run` | & > x.txt'"],
         r"touch shell-was-run.*no such file",
     ),
-    "name with a line end": ("tokenize_blocks", ['data.test_file="a\\nb"'], r"a\\nb: no such file"),
+    "name with a line end": ("prepare_corpus", ['data.test_file="a\\nb"'], r"a\\nb: no such file"),
 }
 TOKENIZER = {
     "vocab_size below the bytes": (
