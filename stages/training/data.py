@@ -1,6 +1,7 @@
 """Batches of blocks, in an order that seed and epoch alone decide."""
 
 import math
+from collections.abc import Iterator
 
 from stages.common.errors import OneProcessError
 from stages.text.streams import Split
@@ -52,6 +53,16 @@ class ShuffledBatches(Sampler):
             yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
 
 
+class LateLoader(DataLoader):
+    """A loader whose workers first ask for batches when the first one is wanted.
+
+    Lightning makes the iterator before it restores its loops; workers would fetch the batches of step 0 ahead.
+    """
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from super().__iter__()
+
+
 class Blocks(pl.LightningDataModule):
     """The batches of training and validation."""
 
@@ -62,7 +73,7 @@ class Blocks(pl.LightningDataModule):
 
     def loader(self, split: Split, batches) -> DataLoader:
         workers = self.settings.runtime.num_workers
-        return DataLoader(
+        return LateLoader(
             BlockDataset(split, self.T),
             batch_sampler=batches,
             collate_fn=lambda batch: batch,

@@ -159,6 +159,16 @@ def start_training(project: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_workers_go_on_with_the_batches_that_follow(project, uninterrupted, monkeypatch, workers):
+    """They fetch ahead, and yet a run that was stopped inside its first and its second epoch sees what one without
+    workers saw."""
+    for step in (3, 9):
+        stop_at(monkeypatch, project, step, "--runtime.num_workers", workers)
+    assert train_here(monkeypatch, project, *SETTINGS["epochs"], "--runtime.num_workers", workers) == 0
+    assert digests(project) == uninterrupted("epochs")
+
+
 def test_damaged_checkpoints_are_passed_over(project, uninterrupted, monkeypatch, capsys):
     for kind in faults.DAMAGES:
         shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
