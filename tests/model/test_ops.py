@@ -6,7 +6,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from stages.model import gpt2, ops
+from stages.model import gpt2, ops, optimizers
 
 import pytest
 import torch
@@ -42,8 +42,11 @@ def test_linear(either_library, rows, inputs, outputs, transposed):
 
 
 @pytest.mark.parametrize(("pieces", "size"), [(1, 1), (3, 1), (50, 1), (3, 100)])
-def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch, pieces, size):
+@pytest.mark.parametrize("as_on", ["cpu", "gpu"])
+def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch, pieces, size, as_on):
     rows, width, vocabulary = 50, 16, 300
+    if as_on == "gpu":
+        monkeypatch.setitem(ops.VOCABULARY_MULTIPLE, "cpu", 128)
     monkeypatch.setitem(ops.LOGITS_BYTES, "cpu", 4 * vocabulary * -(-rows // pieces))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(rows, width, generator=generator).requires_grad_()
@@ -126,3 +129,28 @@ def test_memory_of_a_step_is_there_for_the_next():
         int(subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT)) for words in ([], ["reuse"])
     )
     assert with_it < without / 10
+
+
+@pytest.mark.gpu
+def test_an_ordinary_step_never_waits_for_the_gpu():
+    settings = SimpleNamespace(block_size=64, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
+    model = gpt2.new_model(settings, 300, 0).cuda().train()
+    hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    steps = [optimizers.Muon(hidden, lr=1e-3, weight_decay=0.1), torch.optim.AdamW(others, lr=1e-3, fused=True)]
+    tokens = torch.randint(300, (4, 65), device="cuda")
+    torch.use_deterministic_algorithms(True)
+    for step in range(4):
+        # The first steps make what the later ones use again.
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = gpt2.loss(model, tokens)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in steps:
+                optimizer.step()
+                optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.use_deterministic_algorithms(step < 3)
