@@ -1,9 +1,19 @@
-# make repro: run the pipeline. make report: the history of its figures. make test: lint and tests.
-# Each sets up .venv when it is missing or out of date.
+# Each target sets up .venv when it is missing or out of date.
 PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: repro report test bench
+.PHONY: help setup repro report test bench lock
+
+help:
+	@echo "make setup   install what the pipeline needs into .venv"
+	@echo "make repro   run the pipeline: dvc repro"
+	@echo "make report  the history of its figures, as a page: report.html"
+	@echo "make test    lint, check the types, run the tests"
+	@echo "make bench   measure the speed beside four peers"
+	@echo "make lock    write requirements.lock anew, after a change of requirements*.txt"
+
+setup: .venv/installed
 
 repro: .venv/installed
 	dvc repro
@@ -11,21 +21,28 @@ repro: .venv/installed
 report: .venv/installed
 	python -m tools.report
 
-test: .venv/installed
+test: .venv/installed-dev
 	ruff check . && ruff format --check .
+	basedpyright
 	python -m pytest -q -n 2
 
-bench: .venv/installed-bench
+bench: .venv/installed-dev
 	python -m benchmarks.run all
 
-.venv/installed: requirements.txt
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1; }
-	@echo "Installing requirements.txt into .venv: this takes some minutes."
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+
+.venv/installed: requirements.txt requirements.lock | .venv/bin/python
+	@echo "Installing requirements.txt into .venv: this takes some minutes."
+	$(PIP) -r requirements.txt -c requirements.lock
 	.venv/bin/python -m tools.offline_plots
 	touch $@
 
-.venv/installed-bench: .venv/installed requirements-bench.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-bench.txt
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(PIP) -r requirements-dev.txt -c requirements.lock
 	touch $@
+
+lock: | .venv/bin/python
+	$(PIP) --dry-run --ignore-installed --report .venv/lock.json -r requirements.txt -r requirements-dev.txt
+	.venv/bin/python tests/lock.py .venv/lock.json > requirements.lock

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, copy_checkout, run
+from packaging.requirements import Requirement
 
 
 @pytest.fixture(scope="module")
@@ -51,45 +53,82 @@ def test_a_run_leaves_nothing_unknown(project):
     assert run("git", "status", "--porcelain", cwd=project).stdout == ""
 
 
-def requirements() -> dict[str, str]:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    pins = [re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.]+)", line) for line in lines]
-    assert all(pins), [line for line, pin in zip(lines, pins) if not pin]
-    return {pin[1].lower().replace("_", "-"): pin[2] for pin in pins}
+def pins(file: str) -> dict[str, str]:
+    """The versions in a file of requirements by the name of the package; each is pinned."""
+    lines = [line for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#"]
+    found = [re.fullmatch(r"([\w.-]+)(?:\[[\w,]+\])?==([\w.]+)(; .*)?", line) for line in lines]
+    assert all(found), [line for line, pin in zip(lines, found) if not pin]
+    return {re.sub(r"[._]", "-", pin[1].lower()): pin[2] for pin in found}
 
 
-def test_requirements_are_pinned_and_installed():
-    for name, version in requirements().items():
-        assert importlib.metadata.version(name).split("+")[0] == version
+RUN, DEV, LOCK = pins("requirements.txt"), pins("requirements-dev.txt"), pins("requirements.lock")
+
+
+def test_requirements_are_installed():
+    for name, version in (RUN | DEV).items():
+        if name != "fastokens" or (sys.platform, platform.machine()) == ("linux", "x86_64"):
+            assert importlib.metadata.version(name).split("+")[0] == version, name
+
+
+def test_lock_pins_all_that_is_required():
+    """What the requirements name, and what those packages need in turn, wherever they are installed."""
+    assert (ROOT / "requirements.lock").read_text().startswith("# make lock")
+    names = {
+        f"{file}: {name}": version for file, found in (("run", RUN), ("dev", DEV)) for name, version in found.items()
+    }
+    assert {name: LOCK.get(name.split(": ")[1]) for name in names} == names, "run `make lock`"
+    for name in LOCK:
+        for needed in map(Requirement, importlib.metadata.requires(name) or []) if installed(name) else []:
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert re.sub(r"[._]", "-", needed.name.lower()) in LOCK, f"{name} needs {needed.name}: run `make lock`"
+
+
+def installed(name: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=name)))
 
 
 def test_requirements_name_what_the_code_imports():
+    """The pipeline and its tools need nothing of requirements-dev.txt."""
     packages = importlib.metadata.packages_distributions()
-    own = {"conftest", *(path.stem for path in [*ROOT.glob("*/"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")])}
-    for file in [*ROOT.glob("stages/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("docs/*.py")]:
+    tests = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    code = [file for glob in ("stages/**/*.py", "tools/*.py", "docs/*.py", ".github/*.py") for file in ROOT.glob(glob)]
+    own = {file.stem for file in tests + code} | {"stages", "tools", "benchmarks"} | set(sys.stdlib_module_names)
+    for file in tests + code:
+        named = RUN | DEV if file in tests else RUN
         for node in ast.walk(ast.parse(file.read_text())):
             modules = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             modules = [node.module] if isinstance(node, ast.ImportFrom) else modules
-            for module in {module.split(".")[0] for module in modules} - own - set(sys.stdlib_module_names):
-                owners = {name.lower().replace("_", "-") for name in packages.get(module, [module])}
-                assert owners & requirements().keys(), f"{file.name} imports {module}: add it to requirements.txt"
+            for module in {module.split(".")[0] for module in modules} - own:
+                owners = {re.sub(r"[._]", "-", name.lower()) for name in packages.get(module, [module])}
+                assert owners & named.keys(), f"{file.name} imports {module}: add it to requirements.txt"
 
 
 # make -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["repro", "test"])
-def test_make_installs_when_requirements_are_newer(clone, target, tmp_path):
+def test_make_lists_its_targets(clone):
+    shown = run("make", cwd=clone).stdout
+    assert re.findall(r"^make (\w+) ", shown, re.M) == ["setup", "repro", "report", "test", "bench", "lock"]
+    assert not (clone / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", ["setup", "repro", "test"])
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements.lock"])
+def test_make_installs_when_requirements_are_newer(clone, target, file, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(clone, project)
-    assert "pip install" in run("make", "-n", target, cwd=project).stdout
+    fresh = run("make", "-n", target, cwd=project).stdout
+    assert "-r requirements.txt -c requirements.lock" in fresh
+    assert ("-r requirements-dev.txt" in fresh) == (target == "test")
+    assert ("dvc repro" in fresh) == (target == "repro")
 
-    (project / ".venv").mkdir()
-    (project / ".venv/installed").touch()
+    (project / ".venv/bin").mkdir(parents=True)
+    for name in ("bin/python", "installed", "installed-dev"):
+        (project / ".venv" / name).touch()
     assert "pip install" not in run("make", "-n", target, cwd=project).stdout
 
     later = time.time() + 10
-    os.utime(project / "requirements.txt", (later, later))
+    os.utime(project / file, (later, later))
     assert "pip install" in run("make", "-n", target, cwd=project).stdout
 
 
@@ -98,6 +137,7 @@ def test_make_runs_dvc_repro_in_the_environment(clone, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(clone, project)
     (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/python").touch()
     (project / ".venv/installed").touch()
     script = project / ".venv/bin/dvc"
     script.write_text("#!/bin/sh\necho in .venv: dvc $*\n")

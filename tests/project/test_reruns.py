@@ -5,6 +5,8 @@ import re
 import shutil
 from pathlib import Path
 
+from stages.training import identity
+
 import pytest
 import yaml
 from conftest import ROOT, outputs, run, set_params, stages_run
@@ -13,6 +15,7 @@ PAGE = (ROOT / "docs/reruns.md").read_text()
 SETTINGS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| ([^|]+?) \|$", PAGE, re.M)
 FILES = re.findall(r"^\| `([^|]+?)` \| ([^`|]+?) \|$", PAGE, re.M)
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SOURCES = ROOT / "stages"
 
 
 def listed(cell: str) -> list[str]:
@@ -52,9 +55,9 @@ def test_setting(copy, warm, key, value, stages):
 
 @pytest.mark.parametrize("file, stages", FILES, ids=[file for file, _ in FILES])
 def test_file(copy, warm, file, stages):
-    changed = copy / file
     addition = {".txt": "\n\nAnd God saw every thing that he had made.\n", ".py": "# a comment\n", ".json": "\n"}
-    changed.write_text(changed.read_text() + addition[changed.suffix])
+    for changed in [copy / file] if (copy / file).is_file() else (copy / file).glob("*.py"):
+        changed.write_text(changed.read_text() + addition[changed.suffix])
     assert stages_run(warm("dvc", "repro", cwd=copy)) == listed(stages)
 
 
@@ -78,12 +81,14 @@ def test_every_setting_has_a_row():
 
 
 def test_every_source_file_has_a_row():
-    stages = {name: imports(name) for name in PIPELINE}
-    rows = {
-        f"stages/{name}.py": ", ".join(stage for stage in PIPELINE if name in stages[stage])
-        for name in sorted(set().union(*stages.values()))
+    """A stage's own file, and a row for each room."""
+    used = {name: [f"stages/{name}.py", *(f"stages/{room}/" for room in rooms_of(name))] for name in PIPELINE}
+    sources = {
+        f"{path.relative_to(ROOT)}{'/' * path.is_dir()}" for path in SOURCES.iterdir() if path.name[0] not in "._"
     }
-    assert {file: stages for file, stages in FILES if file.startswith("stages/")} == rows
+    assert {file for file, _ in FILES if file.startswith("stages/")} == sources
+    for source in sources - {"stages/watch/"}:
+        assert dict(FILES)[source] == ", ".join(name for name in PIPELINE if source in used[name])
 
 
 def test_every_setting_is_declared_but_for_the_runtime_group(ready, warm):
@@ -97,29 +102,90 @@ def test_every_setting_is_declared_but_for_the_runtime_group(ready, warm):
 
 @pytest.mark.parametrize("stage", PIPELINE)
 def test_deps_are_the_imports(stage):
-    declared = {Path(dep).stem for dep in PIPELINE[stage]["deps"] if dep.startswith("stages/")}
-    assert declared == imports(stage)
+    """Its own file and the rooms it imports from, directly or through another, but for what people only look at."""
+    declared = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("stages", "tools"))}
+    assert declared == {f"stages/{stage}.py", *(f"stages/{room}" for room in rooms_of(stage) - {"watch"})}
 
 
-def imports(name: str) -> set[str]:
-    """The files of stages/ that one of them imports, itself included, wherever in its code.
-
-    But for __init__.py, which only sees to it that the right Python runs.
-    """
-    found, todo = set(), [name]
+def rooms_of(stage: str) -> set[str]:
+    """The folders of stages/ that a stage imports from, wherever in its code, and what they import from in turn."""
+    found, todo = set(), [SOURCES / f"{stage}.py"]
     while todo:
-        name = todo.pop()
-        if name in found:
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse((ROOT / f"stages/{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "stages":
-                todo += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stages."):
-                todo.append(node.module.split(".")[1])
-            elif isinstance(node, ast.Import):
-                todo += [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stages.")]
-    return found
+        file = todo.pop()
+        if file not in found:
+            found.add(file)
+            todo += [path for name in imported(file) for path in files_of(name)]
+    alone = {file.stem for file in found if file.parent == SOURCES and file.name != "__init__.py"}
+    assert alone == {stage}, f"{stage} imports another stage"
+    return {file.parent.name for file in found if file.parent != SOURCES}
+
+
+def imported(file: Path) -> list[str]:
+    """The full names of what a file imports of this project: modules, and what is taken from them."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    assert not [name for name in names if name.startswith("tools")], f"{file} imports from tools/"
+    return [name for name in names if name.startswith("stages.")]
+
+
+def files_of(name: str) -> list[Path]:
+    """The file of a module, or of a package; none for what is in one."""
+    path = ROOT / name.replace(".", "/")
+    return [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
+
+
+def test_what_people_look_at_reruns_nothing(copy, warm):
+    """Every message in stages/watch is another one: nothing runs, and a training would still take its checkpoint."""
+    before = identity.code_digest(copy)
+    for file in (copy / "stages/watch").glob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value += " "
+        assert ast.unparse(tree) != file.read_text()
+        file.write_text(ast.unparse(tree))
+    assert stages_run(warm("dvc", "repro", cwd=copy)) == []
+    assert identity.code_digest(copy) == before
+
+
+TRAINS = [file for dep in PIPELINE["train"]["deps"] if dep.startswith("stages")
+          for file in sorted((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])]  # fmt: skip
+
+
+def test_comments_cost_no_checkpoint(template, tmp_path):
+    """Comments, docstrings and layout of all that trains, at once, are no part of what a run is."""
+    project = tmp_path / "project"
+    shutil.copytree(template, project, ignore=shutil.ignore_patterns(".git"))
+    before = identity.code_digest(project)
+    for file in TRAINS:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                if ast.get_docstring(node):
+                    node.body = node.body[1:]
+                node.body.insert(0, ast.Expr(ast.Constant("Another docstring.")))
+        (project / file.relative_to(ROOT)).write_text(f"# A comment.\n{ast.unparse(ast.fix_missing_locations(tree))}\n")
+    assert identity.code_digest(project) == before
+
+
+@pytest.mark.parametrize("file", TRAINS, ids=lambda file: file.name)
+def test_changed_code_is_another_run(template, tmp_path, file):
+    for name in ("stages", "dvc.yaml"):
+        (shutil.copytree if (template / name).is_dir() else shutil.copy)(template / name, tmp_path / name)
+    before = identity.code_digest(tmp_path)
+    tree = ast.parse(file.read_text())
+    source = ast.unparse(tree)
+    [node for node in ast.walk(tree) if isinstance(node, ast.Name)][-1].id = "another"
+    changed = tmp_path / file.relative_to(ROOT)
+    changed.write_text(ast.unparse(tree))
+    assert identity.code_digest(tmp_path) != before
+    changed.write_text(source)
+    assert identity.code_digest(tmp_path) == before
 
 
 def test_folder_that_dvc_does_not_watch(copy, warm):
