@@ -11,11 +11,12 @@ from pathlib import Path
 
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
-from stages import evaluate, gpt2, ops, tokenize_blocks, train_tokenizer
+from stages import train_tokenizer
 from stages.common.settings import load
+from stages.model import gpt2, ops, scoring
 from stages.model.optimizers import lr_factor
 from stages.text.corpus import Documents
-from stages.text.streams import load_split
+from stages.text.streams import load_split, write_blocks
 from stages.training.module import LanguageModel
 from stages.training.trainer import quiet_libraries
 
@@ -169,7 +170,7 @@ def plain_curve(settings) -> None:
 def evaluate_stage(settings) -> None:
     """The evaluate stage's figures of a split, with a turn's end between two batches."""
     ops.reuse_memory()
-    turns, losses = Turns(), evaluate.token_losses
+    turns, losses = Turns(), scoring.token_losses
 
     def in_turns(*arguments):
         batches = (batch for _ in count() for batch in losses(*arguments))  # it must not end before the last round
@@ -177,11 +178,11 @@ def evaluate_stage(settings) -> None:
             turns.next_step()
             yield next(batches)
 
-    evaluate.token_losses = in_turns
-    settings.evaluate.batch_size = settings.optimizer.batch_size
+    scoring.token_losses = in_turns
+    evaluate = settings.evaluate.model_copy(update={"batch_size": settings.optimizer.batch_size})
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0).to(DEVICE).eval()
-    evaluate.figures_of(model, split, settings.evaluate, 0)
+    scoring.figures_of(model, split, evaluate, 0)
 
 
 @torch.inference_mode()
@@ -202,7 +203,7 @@ def documents(path: str) -> list[str]:
 def tokenize_stage(settings) -> None:
     """One step is the whole work of the tokenize_blocks stage on the train split."""
     splits = {"train": Documents("train")}
-    take_turns(tokenize_blocks.write_blocks(splits, "models/tokenizer", "scratch") for _ in count())
+    take_turns(write_blocks(splits, "models/tokenizer", "scratch") for _ in count())
 
 
 def encode_batch(settings, fast: bool) -> None:

@@ -1,6 +1,8 @@
 """Projects to test on: copies of this checkout with small text and a small model."""
 
 import contextlib
+import gc
+import hashlib
 import io
 import os
 import re
@@ -79,6 +81,7 @@ def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]
                 print(status, file=err)
                 status = 1
         finally:
+            gc.collect()  # frees the lock of a training, for which other processes wait
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
@@ -241,6 +244,16 @@ def outputs(project: Path) -> dict[str, str]:
     """The hash of every output in dvc.lock, but for metrics/run.json, whose figures differ between two runs."""
     stages = yaml.safe_load((project / "dvc.lock").read_text())["stages"].values()
     return {out["path"]: out["md5"] for stage in stages for out in stage["outs"] if out["path"] != "metrics/run.json"}
+
+
+def digests(project: Path, *names: str) -> dict[str, str]:
+    """SHA-256 of every file of these outputs, but for metrics/run.json and hidden ones."""
+    files = [file for name in names for file in sorted([project / name, *(project / name).rglob("*")])]
+    return {
+        str(file.relative_to(project)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+        if file.is_file() and file.name != "run.json" and not file.name.startswith(".")
+    }
 
 
 def stages_run(done: subprocess.CompletedProcess) -> list[str]:

@@ -11,7 +11,6 @@ anything was lost.
 """
 
 import argparse
-import hashlib
 import os
 import pickle
 import random
@@ -29,7 +28,7 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import SMALL, copy_checkout, run, sample_lines, set_params
+from conftest import SMALL, copy_checkout, digests, run, sample_lines, set_params
 
 CHAIN = 5
 # Training is where most is at stake, so it is drawn as often as three others together.
@@ -70,18 +69,10 @@ def main() -> int:
         whole = Path(folder, "whole")
         shutil.copytree(fresh, whole)
         seconds = undisturbed(whole)
-        lost = faults(fresh, Path(folder, "disturbed"), digests(whole), seconds, arguments.points, arguments.seed)
+        lost = faults(
+            fresh, Path(folder, "disturbed"), digests(whole, *OUTPUTS), seconds, arguments.points, arguments.seed
+        )
     return 1 if lost else 0
-
-
-def digests(project: Path) -> dict[str, str]:
-    """SHA-256 of every output file that must not vary."""
-    files = [file for output in OUTPUTS for file in sorted((project / output).rglob("*")) if file.is_file()]
-    return {
-        str(file.relative_to(project)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.name != "run.json" and not file.name.startswith(".")
-    }
 
 
 def start(project: Path) -> subprocess.Popen:
@@ -122,7 +113,7 @@ def faults(fresh: Path, project: Path, expected: dict, seconds: dict, points: in
     Args:
         fresh: a project not yet run.
         project: where a copy of it is made for each chain.
-        expected: the `digests` of a run never disturbed.
+        expected: the `digests` of OUTPUTS of a run never disturbed.
         seconds: how long each stage takes.
         points: how many kills.
         seed: of all that is drawn.
@@ -147,7 +138,7 @@ def faults(fresh: Path, project: Path, expected: dict, seconds: dict, points: in
                 tried["full disk while a checkpoint is written"] += full and train_on_a_full_disk(project)
                 tried[f"newest checkpoint {damage}"] += damage is not None and damage_newest(project, damage)
         status = finish(project, by_hand)
-        found = digests(project)
+        found = digests(project, *OUTPUTS)
         if status or found != expected:
             lost += 1
             differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))

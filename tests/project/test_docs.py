@@ -8,7 +8,6 @@ import math
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -23,7 +22,7 @@ from stages.model import gpt2
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run, set_params
+from conftest import ROOT, run, run_stage, set_params
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -318,33 +317,24 @@ def test_readme_counts_the_parameters():
 # What the pages say, done -----------------------------------------------------------------------
 
 
-def run_here(monkeypatch, project: Path, stage: str, *arguments: str) -> str:
-    """Runs `python -m stages.NAME` in this process, which saves its start-up; returns what it prints."""
-    monkeypatch.chdir(project)
-    monkeypatch.setattr("sys.argv", [stage, *arguments])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        try:
-            import_module(f"stages.{stage}").main()
-        except SystemExit as stop:
-            assert not stop.code, stop.code
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return printed.getvalue()
+def printed_by(project: Path, stage: str, *arguments: str) -> str:
+    """What a stage prints that ends well."""
+    status, out, err = run_stage(project, stage, *arguments)
+    assert status == 0, err
+    return out
 
 
-def test_what_the_old_scripts_did(project, monkeypatch):
+def test_what_the_old_scripts_did(project):
     """docs/migrate.md: print_config, config, callbacks, TensorBoard, figures of a checkpoint."""
     callbacks = next(block for block in blocks(ROOT / "docs/migrate.md", "yaml") if "EarlyStopping" in block)
     (project / "callbacks.yaml").write_text(callbacks)
     overrides = ("--trainer.max_epochs", "1", "--optimizer.lr", "2e-3")
-    config = run_here(monkeypatch, project, "train", "--config", "callbacks.yaml", *overrides, "--print_config")
+    config = printed_by(project, "train", "--config", "callbacks.yaml", *overrides, "--print_config")
     (project / "config.yaml").write_text(config)
     assert yaml.safe_load(config)["optimizer"]["lr"] == 2e-3
 
     shutil.rmtree(project / "logs")
-    run_here(monkeypatch, project, "train", "--config", "config.yaml")
+    printed_by(project, "train", "--config", "config.yaml")
     log = EventAccumulator(str(next(project.glob("logs/*/events*")))).Reload().Tags()["scalars"]
     assert {"loss", "valid_loss", "valid_ppl"} <= set(log)
     assert any(name.startswith("lr-") for name in log)
@@ -354,7 +344,7 @@ def test_what_the_old_scripts_did(project, monkeypatch):
     checkpoints = sorted(project.glob("logs/checkpoints/*.ckpt"))
     assert len(checkpoints) == 3
     figures = [
-        json.loads(run_here(monkeypatch, project, "evaluate", "--config", "config.yaml", "--model", str(model)))
+        json.loads(printed_by(project, "evaluate", "--config", "config.yaml", "--model", str(model)))
         for model in (*checkpoints, project / "models/gpt2")
     ]
     for figure in figures:
@@ -364,7 +354,7 @@ def test_what_the_old_scripts_did(project, monkeypatch):
     assert len(set(losses[:3])) == 3
 
 
-def test_own_text(project, monkeypatch):
+def test_own_text(project):
     """docs/own-text.md: one file becomes three that hold all of it, and they are what is tokenized."""
     page = ROOT / "docs/own-text.md"
     (project / "book.txt").write_text((project / "data/train.txt").read_text())
@@ -375,7 +365,7 @@ def test_own_text(project, monkeypatch):
 
     for key, value in flat(yaml.safe_load(blocks(page, "yaml")[0])).items():
         set_params(project, f"{key}={value}")
-    run_here(monkeypatch, project, "train_tokenizer")
-    run_here(monkeypatch, project, "tokenize_blocks")
+    printed_by(project, "train_tokenizer")
+    printed_by(project, "tokenize_blocks")
     counts = json.loads((project / "data/blocks/test.json").read_text())
     assert counts["bytes"] == len(parts[2].strip("\n"))

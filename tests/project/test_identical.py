@@ -1,24 +1,13 @@
 """The same inputs give the same bytes, and what was made before can be had back."""
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import outputs, run, sample_lines, set_params, stages_run
+from conftest import digests, outputs, run, sample_lines, set_params, stages_run
 from test_reruns import OUTPUTS, PIPELINE, SETTINGS, UNRECORDED, outs
 
 RUNTIME = [(key, value) for key, value, _ in SETTINGS if key.startswith("runtime.")]
-
-
-def digests(project: Path, *names: str) -> dict[str, str]:
-    """SHA-256 of every file of the outputs, but for metrics/run.json."""
-    files = [file for name in names for file in sorted([project / name, *(project / name).rglob("*")])]
-    return {
-        str(file.relative_to(project)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in files
-        if file.is_file() and file.name != "run.json"
-    }
 
 
 @pytest.mark.parametrize("key, value", RUNTIME, ids=[key for key, _ in RUNTIME])

@@ -4,36 +4,22 @@ import json
 import math
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
 from conftest import run
 from huggingface_hub import ModelCard
+from moto.server import ThreadedMotoServer
 
 
 @pytest.fixture(scope="module")
-def s3_server(tmp_path_factory) -> str:
-    """The address of a server that speaks S3's protocol."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=log, stderr=log) as server:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-        server.terminate()
+def s3_server() -> str:
+    """The address of a server that speaks S3's protocol, at a port that the system picks."""
+    server = ThreadedMotoServer("127.0.0.1", port=0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
 
 
 @pytest.mark.parametrize("kind", ["folder", "s3"])

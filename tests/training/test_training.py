@@ -279,6 +279,7 @@ def test_callbacks_of_params_yaml_through_dvc(built, tmp_path):
 def test_progress_bar_on_a_terminal(files):
     """In a terminal, a line tells step, loss and tokens per second."""
     shutil.copytree(ROOT / "stages", files / "stages")
+    shutil.copy(ROOT / "dvc.yaml", files)
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [sys.executable, "-m", "stages.train", "--trainer.max_epochs", "6", "--trainer.limit_val_batches", "1"]
