@@ -16,6 +16,7 @@ from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
+from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints, Interrupted, training_lock
 from stages.training.data import Blocks
 from stages.training.history import History
@@ -45,11 +46,13 @@ def main() -> None:
     else:
         model = gpt2.pretrained_model(settings.model, tokenizer)
     identity = run_identity(settings, train, valid)
-    checkpoints, history = Checkpoints(identity, tokenizer.fingerprint, settings.runtime), History()
+    best, history = BestWeights(), History()
+    checkpoints = Checkpoints(identity, tokenizer.fingerprint, settings.runtime, best)
     module = LanguageModel(model, settings)
     blocks = Blocks(train, valid, settings)
-    trainer = make_trainer(settings, [history, Live(history), checkpoints])
+    trainer = make_trainer(settings, best, [history, Live(history), checkpoints])
     check_processes(trainer, settings)
+    trainer.precision_plugin.convert_module(module)  # or a checkpoint's weights would pass through float32
     vars(model.config).pop("precision", None)  # of the model that is trained further
     if trainer.precision in AUTOCAST:
         model.config.precision = trainer.precision  # so that the evaluation computes alike
@@ -59,9 +62,10 @@ def main() -> None:
     if trainer.is_global_zero:
         with new_folder(MODEL) as folder:
             model.generation_config = gpt2.sampling(model, settings.model.block_size)
-            checkpoints.export(model, folder)
+            best.export(model, folder)
             copy_tokenizer(TOKENIZER, folder, settings.model.block_size)
             model_card(settings, model.num_parameters(), train, valid, checkpoints).save(folder / "README.md")
+            best.check(trainer, folder)
         history.write(METRICS)
         figures = write_run_figures(trainer, checkpoints, history)
         print_summary(checkpoints, valid, figures, trainer.loggers[0].log_dir)

@@ -86,7 +86,14 @@ def pretrained_model(settings, tokenizer: TextTokenizer) -> GPT2LMHeadModel:
         )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = settings.dropout
     config.bos_token_id = config.eos_token_id = tokenizer.end_of_text
-    return load_model(name, config, local_files_only=options["local_files_only"])
+    config.block_size = settings.block_size  # figures are measured at the length that was trained
+    # from_pretrained leaves a model in evaluation mode, where dropout does nothing.
+    return load_model(name, config, local_files_only=options["local_files_only"]).train()
+
+
+def block_size_of(config: GPT2Config) -> int:
+    """Tokens of context at which a model's figures are measured: what it was trained or fine-tuned with here."""
+    return getattr(config, "block_size", config.n_positions)
 
 
 def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHeadModel:

@@ -31,8 +31,6 @@ def make_optimizer(
         )
     else:
         optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay}, no_decay], **adamw)
-    # Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself.
-    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 

@@ -44,7 +44,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
     Raises:
         UserError: the model's vocabulary is too small for the tokens, or stride above its positions.
     """
-    T = model.config.n_positions
+    T = gpt2.block_size_of(model.config)
     stride = settings.stride or T
     if stride > T:
         raise UserError(f"evaluate.stride: {stride} is above the model's block_size {T}")
@@ -115,7 +115,7 @@ def token_losses(
     Raises:
         UserError: the loss of a token is not a finite number.
     """
-    T, N = model.config.n_positions, len(split.tokens)
+    T, N = gpt2.block_size_of(model.config), len(split.tokens)
     model.eval()
     precision = precision or getattr(model.config, "precision", None)
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.

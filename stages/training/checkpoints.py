@@ -5,19 +5,24 @@ code that decide the run's result, so that only the same run goes on from it.
 """
 
 import fcntl
-import math
 import os
+import random
 import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from stages.common.errors import UserError
 from stages.common.paths import CHECKPOINTS
+from stages.training import lightning_internals as internals
+from stages.training.best import BestWeights
+from stages.training.history import History
 
+import numpy as np
 import torch
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
@@ -61,7 +66,7 @@ class Interrupted(Exception):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """A checkpoint file is whole or not there: Lightning's own passes through another folder."""
 
-    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes it beside its place and renames it once it is on the disk.
 
         Raises:
@@ -83,26 +88,68 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from None
 
 
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1: what came, agreed on by all processes."""
+
+    def __init__(self):
+        self.received, self.group = 0, None
+
+    def listen(self, trainer: Trainer, identity: str) -> None:
+        """Takes the place of Lightning's handlers: at SIGUSR1 under SLURM they'd save a checkpoint of their own.
+
+        Raises:
+            UserError: the processes that train together are not at the same step of the same run.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+        if trainer.world_size == 1:
+            return
+        # Not NCCL's: a process waits here for the others, but not for its GPU.
+        self.group = torch.distributed.new_group(backend="gloo")
+        mine = torch.tensor([trainer.global_step, int(identity[:12], 16)])
+        seen = [torch.empty_like(mine) for _ in range(trainer.world_size)]
+        torch.distributed.all_gather(seen, mine, group=self.group)
+        if any(not torch.equal(mine, other) for other in seen):
+            raise UserError(
+                "the processes disagree on settings, data or checkpoint: all machines need the same files, "
+                "so keep the project on a file system that they share"
+            )
+
+    def receive(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: don't wait for the step to end
+        self.received = number
+
+    def agree(self, elapsed: float) -> tuple[int, float]:
+        """Signals and clocks (seconds) differ between processes, but all must save at the same step."""
+        if self.group is None:
+            return self.received, elapsed
+        seen = torch.tensor([self.received, elapsed], dtype=torch.float64)
+        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        received, elapsed = seen.tolist()
+        return int(received), elapsed
+
+
 class Checkpoints(Callback):
-    """Keeps what a killed run needs to go on, the weights with the best validation loss among it.
+    """Keeps what a killed run needs to go on.
 
     A resume checkpoint is made between two optimizer steps, after the validation that the first
     of them may have brought, so nothing is done twice or left out. The last one, final.ckpt,
     stays until DVC has recorded the stage: killed before that, the next run has only to export it.
     """
 
-    def __init__(self, identity: str, tokenizer: str, settings):
+    def __init__(self, identity: str, tokenizer: str, settings: Any, best: BestWeights):
         self.folder, self.identity, self.tokenizer = CHECKPOINTS / identity[:16], identity, tokenizer
         self.final = self.folder / "final.ckpt"
         self.every_steps = settings.checkpoint_every_n_steps
         self.every_seconds = settings.checkpoint_every_n_minutes * 60
-        self.best_loss, self.best_step, self.best_weights, self.validated_step = math.inf, None, None, None
+        self.best, self.signals = best, Signals()
         self.steps = 0
         self.seconds = self.validation_seconds = 0.0
-        self.last_validation = math.inf  # seconds; how long the first one takes isn't known
-        self.received = None
+        self.last_validation = float("inf")  # seconds; how long the first one takes isn't known
+        self.random = None
 
-    def newest(self, trainer) -> Path | None:
+    def newest(self, trainer: Trainer) -> Path | None:
         """The newest whole checkpoint of this very run; damaged ones are passed over."""
         if trainer.is_global_zero:
             for unfinished in self.folder.glob(".*.tmp"):
@@ -121,85 +168,61 @@ class Checkpoints(Callback):
                     print(f"note: {path} is passed over: {why}", file=sys.stderr)
         return None
 
-    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # What it takes to be resumed by its own run only, and to be measured on its own.
         checkpoint |= {"identity": self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         return {
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "best_weights": self.best_weights,
-            "validated_step": self.validated_step,
             "steps": self.steps,
             "seconds": self.seconds + time.monotonic() - self.started,
             "validation_seconds": self.validation_seconds,
+            "random": random_state(),
+            "machine": machine(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        before = state.pop("machine")
         vars(self).update(state)
+        changed = [f"{key} {before[key]}, now {value}" for key, value in machine().items() if before[key] != value]
+        if changed and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"note: the checkpoint was made with {'; '.join(changed)}: the result may differ in its last bits "
+                "from that of a run never interrupted",
+                file=sys.stderr,
+            )
 
-    def on_train_start(self, trainer, module) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.started = self.last_saved = time.monotonic()
         self.last_step = trainer.global_step
-        # Lightning had counted the batch that was about to begin; it begins again.
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total
-        batches.ready = batches.started = batches.completed
-        # In place of Lightning's handlers: at SIGUSR1 under SLURM they would save a checkpoint of their own.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
-        if trainer.world_size > 1:
-            # Not NCCL's: a process waits here for the others, but not for its GPU.
-            self.group = torch.distributed.new_group(backend="gloo")
-            mine = torch.tensor([trainer.global_step, int(self.identity[:12], 16)])
-            seen = [torch.empty_like(mine) for _ in range(trainer.world_size)]
-            torch.distributed.all_gather(seen, mine, group=self.group)
-            if any(not torch.equal(mine, other) for other in seen):
-                raise UserError(
-                    "the processes disagree on settings, data or checkpoint: all machines need the same files, "
-                    "so keep the project on a file system that they share"
-                )
+        internals.begin_batch_again(trainer)
+        self.signals.listen(trainer, self.identity)
+        internals.repeat_epoch_start(trainer)
+        if self.random is not None:
+            set_random_state(self.random)
 
-    def receive(self, number: int, frame) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: don't wait for the step to end
-        self.received = number
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        received, elapsed = self.agree(trainer, time.monotonic() - self.last_saved)
+        received, elapsed = self.signals.agree(time.monotonic() - self.last_saved)
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         due = due or self.every_seconds and elapsed >= self.every_seconds
-        due = due or self.long_validation_follows(trainer, batch_idx)
+        due = due or self.long_validation(trainer) and internals.validation_follows(trainer, batch_idx)
         if (due or received) and trainer.global_step > self.last_step:
             self.save(trainer)
         if received:
             raise Interrupted(received)
 
-    def long_validation_follows(self, trainer, batch_idx: int) -> bool:
-        """Whether the optimizer step that begins is the last one before a validation that takes long.
+    def long_validation(self, trainer: Trainer) -> bool:
+        """Whether a validation is to be broken off by a signal.
 
-        In the middle of a validation no checkpoint can be made. With one from a step before, it can be broken off.
+        In the middle of one no checkpoint can be made. With one from a step before, it can be broken off. With
+        several processes it is done to its end: they don't have equally many batches to agree at.
         """
-        interval, epoch_loop = trainer.val_check_batch, trainer.fit_loop.epoch_loop
-        first = batch_idx if trainer.check_val_every_n_epoch else epoch_loop.total_batch_idx
-        last = min(first + trainer.accumulate_grad_batches, first - batch_idx + trainer.num_training_batches)
-        ends = trainer.global_step + 1 >= trainer.estimated_stepping_batches
-        follows = ends or isinstance(interval, int) and last // interval > first // interval
-        return follows and trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
+        return trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
 
-    def agree(self, trainer, elapsed: float) -> tuple[int, float]:
-        """Signals and clocks differ between processes, but all must save at the same step."""
-        if trainer.world_size == 1:
-            return self.received or 0, elapsed
-        seen = torch.tensor([self.received or 0, elapsed], dtype=torch.float64)
-        torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX, group=self.group)
-        received, elapsed = seen.tolist()
-        return int(received), elapsed
-
-    def save(self, trainer) -> None:
+    def save(self, trainer: Trainer) -> None:
         finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
@@ -209,56 +232,53 @@ class Checkpoints(Callback):
             for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT]:
                 old.unlink()
 
-    def on_validation_start(self, trainer, module) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.validation_started = time.monotonic()
 
     def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
-        # With several processes it is done to its end: they don't have equally many batches to agree at.
-        long = trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
-        if self.received and long and self.last_step == trainer.global_step - 1:
-            raise Interrupted(self.received)
+        # A checkpoint from before the last step is there only where one was due to `long_validation`.
+        if self.signals.received and self.long_validation(trainer) and self.last_step == trainer.global_step - 1:
+            raise Interrupted(self.signals.received)
 
-    def on_validation_end(self, trainer, module) -> None:
-        if trainer.sanity_checking:
-            return
-        self.validated_step = trainer.global_step
-        if module.valid_loss < self.best_loss:
-            self.best_loss, self.best_step = module.valid_loss, trainer.global_step
-            self.keep_weights(trainer)
-        self.last_validation = time.monotonic() - self.validation_started
-        self.validation_seconds += self.last_validation
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.last_validation = time.monotonic() - self.validation_started
+            self.validation_seconds += self.last_validation
 
-    def keep_weights(self, trainer) -> None:
-        weights = trainer.strategy.lightning_module_state_dict()
-        if trainer.is_global_zero:
-            del weights["model.lm_head.weight"]  # tied to the embeddings
-            self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-
-    def on_train_end(self, trainer, module) -> None:
-        if self.validated_step != trainer.global_step and trainer.enable_validation:
-            validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
-        if self.best_step is None:  # without validation, the last weights are the best known
-            self.keep_weights(trainer)
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.best.validated_step != trainer.global_step and trainer.enable_validation:
+            internals.validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
+        if self.best.step is None:  # without validation, the last weights are the best known
+            self.best.keep(trainer)
         self.steps = trainer.global_step
         trainer.save_checkpoint(self.final)
         self.seconds += time.monotonic() - self.started
 
-    def load_final(self, history: Callback) -> None:
+    def load_final(self, history: History) -> None:
         """The state at the end of a run that DVC has not recorded."""
         checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
-        for callback in (self, history):
+        for callback in (self, self.best, history):
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
-    def export(self, model, folder: Path) -> None:
-        """Writes a Hugging Face folder with the weights of the best validation loss."""
-        weights = {name.removeprefix("model."): weight for name, weight in self.best_weights.items()}
-        model.save_pretrained(folder, state_dict=weights)
+
+def machine() -> dict[str, Any]:
+    """What of this machine decides the last bits of a sum."""
+    names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+    asked = {name: os.environ[name] for name in names if name in os.environ}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "cpu": cpu, "asked for": asked}
 
 
-def validate(trainer) -> None:
-    """Runs a whole validation at this point of a training, as Lightning does between two batches."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.restarting = False
-    trainer.validating = True
-    loop.run()
-    trainer.training = True
+def random_state() -> dict[str, Any]:
+    """The global random numbers' state, in types that torch.load(weights_only=True) takes."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [kind, keys.tolist(), *rest]}
+    return state | {"cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

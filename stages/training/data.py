@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from stages.common.errors import OneProcessError
 from stages.text.streams import Split
+from stages.training.lightning_internals import batches_done
 
 import numpy as np
 import pytorch_lightning as pl
@@ -45,10 +46,10 @@ class ShuffledBatches(Sampler):
         return self.blocks // self.batch_size
 
     def __iter__(self):
-        epoch = self.trainer.current_epoch
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not 0 when resumed
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
-        for i in range(done, len(self)):
+        order = np.random.default_rng([self.seed, self.trainer.current_epoch]).permutation(self.blocks)
+        if self.trainer.overfit_batches:
+            order = np.arange(self.blocks)  # the same few batches in every epoch
+        for i in range(batches_done(self.trainer), len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
 
@@ -80,6 +81,7 @@ class Blocks(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or each new iterator would draw from the global one
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stages.common.errors import UserError
 from stages.common.files import write_text
+from stages.training.lightning_internals import batches_seen
 
 import pandas as pd
 import torch
@@ -72,7 +73,7 @@ class History(Callback):
         ]
 
     def tokens(self, trainer) -> int:
-        return trainer.fit_loop.epoch_loop.batch_progress.total.processed * self.T * self.batch_size
+        return batches_seen(trainer) * self.T * self.batch_size
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         if self.losses:

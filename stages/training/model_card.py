@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from stages.text.streams import Split
+from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints
 
 import yaml
@@ -35,17 +36,34 @@ print(generate("The", max_new_tokens={new_tokens})[0]["generated_text"])
 The header names no license and no language: only you know those of your text. Add them before you publish the model.
 """
 
-FIGURES = """On {documents:,} validation documents ({bytes:,} bytes, {tokens:,} predicted tokens):
+FIGURES = """On {documents:,} validation documents ({bytes:,} bytes, {tokens:,} predicted tokens), {context} at a time:
 
 | loss (nats a token) | perplexity | bits per byte |
 | --- | --- | --- |
 | {loss:.4f} | {ppl:.2f} | {bits_per_byte:.4f} |"""
 
+FIGURES_OF_A_PART = """On {tokens:,} of the {all:,} predicted tokens of the validation text, {context} at a time:
 
-def valid_figures(loss: float, valid: Split) -> dict[str, float]:
-    """loss, ppl and bits_per_byte of the validation split, as stages/model/scoring.py defines them."""
-    bits_per_byte = loss * (len(valid.tokens) - 1) / math.log(2) / valid.bytes
-    return {"loss": loss, "ppl": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte}
+| loss (nats a token) | perplexity |
+| --- | --- |
+| {loss:.4f} | {ppl:.2f} |"""
+
+
+def valid_figures(best: BestWeights, valid: Split) -> dict[str, float]:
+    """loss, ppl and, where all of the split was scored, bits_per_byte, as stages/model/scoring.py defines them."""
+    figures = {"loss": best.loss, "ppl": math.exp(min(best.loss, 700.0))}
+    if best.tokens == len(valid.tokens) - 1:
+        figures["bits_per_byte"] = best.loss * best.tokens / math.log(2) / valid.bytes
+    return figures
+
+
+def figures_table(best: BestWeights, valid: Split, context: int) -> str:
+    if best.step is None:
+        return "It was trained without validation."
+    figures = valid_figures(best, valid)
+    table = FIGURES if "bits_per_byte" in figures else FIGURES_OF_A_PART
+    counts = {"documents": valid.documents, "bytes": valid.bytes, "tokens": best.tokens, "all": len(valid.tokens) - 1}
+    return table.format(context=context, **counts, **figures)
 
 
 def model_card(settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
@@ -60,9 +78,9 @@ def model_card(settings, parameters: int, train: Split, valid: Split, checkpoint
         train, valid: the token streams.
         checkpoints: of the finished training: its steps, and step and loss of the best weights.
     """
-    best_step, best_loss = checkpoints.best_step, checkpoints.best_loss
+    best = checkpoints.best
     pretrained = settings.model.from_pretrained
-    figures = valid_figures(best_loss, valid) if best_step is not None else {}
+    figures = valid_figures(best, valid) if best.step is not None else {}
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -82,11 +100,9 @@ def model_card(settings, parameters: int, train: Split, valid: Split, checkpoint
         train_tokens=len(train.tokens),
         steps=checkpoints.steps,
         step_tokens=optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches,
-        best=f"; these are the weights of step {best_step:,}, at the lowest validation loss" if figures else "",
+        best=f"; these are the weights of step {best.step:,}, at the lowest validation loss" if figures else "",
         new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
-        figures=FIGURES.format(documents=valid.documents, bytes=valid.bytes, tokens=len(valid.tokens) - 1, **figures)
-        if figures
-        else "It was trained without validation.",
+        figures=figures_table(best, valid, settings.model.block_size),
         settings=yaml.safe_dump(
             {
                 "model": settings.model.model_dump(),

@@ -5,6 +5,7 @@ import math
 from stages.common.errors import UserError
 from stages.model import gpt2
 from stages.model.optimizers import lr_factor, make_optimizer
+from stages.training import lightning_internals as internals
 from stages.training.history import valid_metrics
 
 import pytorch_lightning as pl
@@ -23,10 +24,11 @@ class LanguageModel(pl.LightningModule):
         self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
         # FSDP leaves flat parts of them later.
         self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
-        self.valid_nll = self.valid_tokens = 0.0
+        self.nll = self.predicted = 0.0
 
     def __setattr__(self, name: str, value) -> None:
-        if name == "_current_fx_name":  # Lightning does so 40 times a step, and a Module first looks for parameters
+        # Private to Lightning, which sets it 40 times a step, and a Module first looks for parameters.
+        if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -38,7 +40,7 @@ class LanguageModel(pl.LightningModule):
         """Mean loss (nats a token) of (B, T + 1) int64 token ids."""
         if self.settings.model.dropout > 0:
             # Dropout draws from the step's own seed, so that a resumed run draws the same.
-            step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            step = internals.batches_begun(self.trainer)
             torch.manual_seed((self.settings.seed_everything << 32) + step * self.trainer.world_size + self.global_rank)
         loss = self.loss(self.model, batch)
         if self.loss_is_monitored:  # takes a millisecond, and the loggers don't need it
@@ -46,23 +48,25 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        self.valid_nll = self.valid_tokens = 0.0
+        self.nll = self.predicted = 0.0
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """(B, T) float32, nats, of (B, T + 1) int64 token ids."""
         nll = gpt2.token_losses(self.model, batch)
         if batch_idx < self.trainer.datamodule.valid_batches:
-            self.valid_nll += nll.double().sum()
-            self.valid_tokens += nll.numel()
+            self.nll += nll.double().sum()
+            self.predicted += nll.numel()
+        return nll
+
+    def finish_validation(self) -> None:
+        """Sets valid_loss (nats a token) and valid_tokens, how many were predicted, over all processes."""
+        sums = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (self.nll, self.predicted)]
+        nll, tokens = self.trainer.strategy.reduce(torch.stack(sums), reduce_op="sum").tolist()
+        # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
+        self.valid_loss, self.valid_tokens = nll / tokens, int(tokens)
 
     def on_validation_epoch_end(self) -> None:
-        sums = torch.stack(
-            [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in (self.valid_nll, self.valid_tokens)]
-        )
-        nll, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        loss = nll / tokens
-        # Lightning keeps what is logged in float32; the history and the choice of the best need it all.
-        self.valid_loss = loss
-        self.log_dict(valid_metrics(loss), sync_dist=True, logger=False)
+        self.log_dict(valid_metrics(self.valid_loss), sync_dist=True, logger=False)
 
     def configure_optimizers(self) -> dict:
         settings, total = self.settings.optimizer, self.training_steps()
@@ -73,6 +77,7 @@ class LanguageModel(pl.LightningModule):
         # With fp16 the fused step would unscale the gradients itself, after they were clipped.
         fused = str(self.settings.trainer.precision) not in ("16", "16-mixed")
         optimizer = make_optimizer(settings, matrices, vectors, hidden, fused)
+        internals.clips_itself(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, total, settings))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -83,7 +88,7 @@ class LanguageModel(pl.LightningModule):
             UserError: the schedule has no end, or the warm-up leaves nothing of it.
         """
         settings = self.settings.optimizer
-        total = settings.num_training_steps or self.trainer.estimated_stepping_batches
+        total = settings.num_training_steps or internals.planned_steps(self.trainer)
         if settings.num_warmup_steps >= total:
             raise UserError(
                 f"optimizer.num_warmup_steps: {settings.num_warmup_steps} of {total} training steps: lower it"

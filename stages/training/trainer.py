@@ -4,42 +4,51 @@ import logging
 import os
 import shutil
 import warnings
-from contextlib import nullcontext
 
 from stages.common.errors import UserError, first_reason
 from stages.common.settings import Settings, trainer_parser
+from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
 
 import pytorch_lightning as pl
 from jsonargparse import Namespace
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+# Lightning's callbacks that can't keep the promises (docs/reliability.md), and what to set instead.
+REFUSED = {
+    "StochasticWeightAveraging": "its average is never validated and lost in a resumed run: use EMAWeightAveraging",
+}
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
 
 
-def make_trainer(settings: Settings, callbacks: list[Callback]) -> pl.Trainer:
-    """Lightning's Trainer with the settings of the trainer and runtime groups."""
+def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> pl.Trainer:
+    """Lightning's Trainer with the settings of the trainer and runtime groups.
+
+    Args:
+        settings: of the train stage.
+        first, last: callbacks of our own, before and after the users'.
+    Raises:
+        UserError: what Lightning, a callback or `check_callbacks` refuses.
+    """
     try:
         arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
         users = arguments.pop("callbacks") or []
         users = users if isinstance(users, list) else [users]
-        check_monitors(users)
+        check_callbacks(users)
         plugins = arguments.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         return pl.Trainer(
             **arguments,
-            callbacks=[*users, *callbacks],
+            callbacks=[first, *users, *last],
             plugins=[*plugins, AtomicCheckpointIO()],
             logger=False,  # make_loggers has to know the checkpoint
             log_every_n_steps=settings.runtime.log_every_n_steps,
-            profiler=settings.runtime.profiler or NoProfiler(),
+            profiler=settings.runtime.profiler or internals.NoProfiler(),
             num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
-            enable_progress_bar=False,  # Live has one
-            enable_model_summary=False,
+            enable_progress_bar=any(isinstance(c, pl.callbacks.ProgressBar) for c in users),  # else Live has one
+            enable_model_summary=any(isinstance(c, pl.callbacks.ModelSummary) for c in users),
             enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
             use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
         )
@@ -48,8 +57,12 @@ def make_trainer(settings: Settings, callbacks: list[Callback]) -> pl.Trainer:
         raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
 
 
-def check_monitors(callbacks: list[Callback]) -> None:
+def check_callbacks(callbacks: list[Callback]) -> None:
+    """Raises UserError for a callback that can't keep the promises, or watches a figure that isn't there."""
     for callback in callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in REFUSED:
+                raise UserError(f"trainer.callbacks: {kind.__name__}: {REFUSED[kind.__name__]}")
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in METRIC_NAMES:
             raise UserError(
@@ -64,7 +77,7 @@ def check_processes(trainer: pl.Trainer, settings) -> None:
     optimizer = settings.optimizer
     if settings.model.compile and strategy.root_device.type == "cpu" and not shutil.which("g++"):
         raise UserError("model.compile: true needs the C++ compiler g++ on a CPU: install it, or set it to false")
-    environment = trainer._accelerator_connector.cluster_environment
+    environment = internals.cluster_environment(trainer)
     if environment.creates_processes_externally and environment.world_size() != processes:
         raise UserError(
             f"trainer.devices {trainer.num_devices} on trainer.num_nodes {trainer.num_nodes} are {processes} "
@@ -78,11 +91,11 @@ def check_processes(trainer: pl.Trainer, settings) -> None:
     if optimizer.batch_size % processes:
         raise UserError(f"optimizer.batch_size: {optimizer.batch_size} can't be shared evenly by {processes} processes")
     # What is spawned hands its state back to nobody, and of others nothing is known.
-    spawned = isinstance(strategy.launcher, _MultiProcessingLauncher)
-    if spawned or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy):
+    if internals.is_spawned(strategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy):
         raise UserError(
             f"trainer.strategy: {type(strategy).__name__} of this kind can't be used: set auto, ddp or fsdp"
         )
+    internals.keep_buckets(strategy)
     if isinstance(strategy, FSDPStrategy):
         if optimizer.name == "muon":
             raise UserError(
@@ -92,18 +105,11 @@ def check_processes(trainer: pl.Trainer, settings) -> None:
             raise UserError("trainer.strategy: state_dict_type must be full: checkpoints are files")
 
 
-class NoProfiler(PassThroughProfiler):
-    """Lightning enters 80 of these contexts a step; its own are generators, a tenth of a millisecond in all."""
-
-    nothing = nullcontext()
-
-    def profile(self, action_name: str) -> nullcontext:
-        return self.nothing
-
-
 def quiet_libraries() -> None:
     """Advice on choices that this stage has made on purpose would hide what the user must see."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for asked in ("callbacks", "profilers"):  # what a user has asked for says what it has to say
+        logging.getLogger(f"pytorch_lightning.{asked}").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")

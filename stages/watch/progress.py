@@ -9,6 +9,7 @@ from stages.common.errors import first_reason
 from stages.common.files import write_text
 from stages.common.paths import LOGS
 from stages.training.history import History, valid_metrics
+from stages.training.lightning_internals import planned_steps
 
 import dvclive
 from dvclive.lightning import DVCLiveLogger
@@ -31,9 +32,13 @@ class Live(Callback):
     def __init__(self, history: History):
         self.history, self.bar = history, None
 
+    def shown(self, trainer, module) -> bool:
+        users = trainer.progress_bar_callback is not None  # one of Lightning's, by class_path
+        return module.settings.runtime.enable_progress_bar and trainer.is_global_zero and not users
+
     def on_train_start(self, trainer, module) -> None:
-        steps = trainer.estimated_stepping_batches
-        show = module.settings.runtime.enable_progress_bar and trainer.is_global_zero
+        steps = planned_steps(trainer)
+        show = self.shown(trainer, module)
         self.bar = tqdm(
             total=steps if math.isfinite(steps) else None,
             initial=trainer.global_step,
@@ -92,7 +97,7 @@ class Live(Callback):
         metrics = valid_metrics(module.valid_loss)
         self.record(trainer, metrics)
         self.valid = f", valid {module.valid_loss:.3f}"
-        if module.settings.runtime.enable_progress_bar and trainer.is_global_zero:
+        if self.shown(trainer, module):
             shown = f"valid_loss {metrics['valid_loss']:.4f}, valid_ppl {metrics['valid_ppl']:,.2f}"
             line = f"step {trainer.global_step:,}: {shown}"
             print(line, flush=True) if self.bar.disable else self.bar.write(line)

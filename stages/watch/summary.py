@@ -52,12 +52,15 @@ def print_summary(checkpoints: Checkpoints, valid: Split, figures: dict, tensorb
         "model": MODEL,
         "loss curves": f"{METRICS}/train.csv and valid.csv; tensorboard --logdir {tensorboard}",
     }
-    if checkpoints.best_step is not None:
-        best = valid_figures(checkpoints.best_loss, valid)
-        rows = {
-            "best step": f"{checkpoints.best_step:,} of {checkpoints.steps:,}",
-            "valid loss": f"{best['loss']:.4f}",
-            "valid ppl": f"{best['ppl']:,.2f}",
-            "bits per byte": f"{best['bits_per_byte']:.4f}",
-        } | rows
+    if checkpoints.best.step is not None:
+        best = valid_figures(checkpoints.best, valid)
+        rows = (
+            {
+                "best step": f"{checkpoints.best.step:,} of {checkpoints.steps:,}",
+                "valid loss": f"{best['loss']:.4f}",
+                "valid ppl": f"{best['ppl']:,.2f}",
+            }
+            | ({"bits per byte": f"{best['bits_per_byte']:.4f}"} if "bits_per_byte" in best else {})
+            | rows
+        )
     print("\n".join(f"{name:15}{value}" for name, value in rows.items()), flush=True)
