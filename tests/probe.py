@@ -43,3 +43,22 @@ class Probe(Callback):
             {"first": self.first, "last": self.weights(module), "batches": self.batches}, self.folder / "seen.pt"
         )
         (self.folder / "seen.json").write_text(json.dumps({"rates": self.rates, "groups": self.groups}))
+
+
+class Noise(Callback):
+    """Draws from torch's global random numbers at each step, as a user's own callback may."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        with torch.no_grad():
+            module.model.transformer.ln_f.bias.add_(torch.randn(1) * 1e-3)
+
+
+class Epochs(Callback):
+    """Sets something at the start of each epoch, and keeps no state of its own."""
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        self.scale = 0.5 ** (trainer.current_epoch + 1)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        for parameter in module.parameters():
+            parameter.grad.mul_(self.scale)

@@ -1,0 +1,109 @@
+"""The table of docs/resume.md, tried: a run stopped by SIGTERM, then SIGKILL, ends with the bytes of a whole one."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from stages import train
+from stages.common import errors
+
+import pytest
+from conftest import ROOT, set_params
+from faults import digests
+
+TABLE = re.findall(
+    r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
+)
+BASE = [
+    "model.block_size=64",
+    "optimizer.batch_size=8",
+    "trainer.max_epochs=2",
+    "runtime.enable_progress_bar=false",
+    "runtime.checkpoint_every_n_minutes=0",
+]
+EVERY = "--runtime.checkpoint_every_n_steps=3"
+MADE = ("models/gpt2/", "metrics/train.csv", "metrics/valid.csv")
+
+
+def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) -> int:
+    """Trains in a fork of this process, which gets a signal after a step; returns its status as a shell would."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 1
+    try:
+        os.chdir(project)
+        log = os.open("train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.path.insert(0, str(project))
+        sys.argv = ["train", *arguments]
+        if kill:
+            number, step = kill
+            after = train.History.on_train_batch_end
+
+            def on_train_batch_end(self, trainer, *rest):
+                after(self, trainer, *rest)
+                if trainer.global_step == step:
+                    os.kill(os.getpid(), number)
+
+            train.History.on_train_batch_end = on_train_batch_end
+        errors.run(train.main)
+        status = 0
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        status = 1 if isinstance(stop.code, str) else stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+@pytest.fixture(scope="module")
+def fresh(built, tmp_path_factory) -> Path:
+    """What the train stage reads: few blocks, so that an epoch is a dozen steps."""
+    project = tmp_path_factory.mktemp("every") / "project"
+    for name in ("data/blocks", "models/tokenizer"):
+        shutil.copytree(built / name, project / name)
+    shutil.copy(built / "params.yaml", project)
+    set_params(project, *BASE)
+    shutil.copy(ROOT / "tests/probe.py", project / "my_callbacks.py")
+    return project
+
+
+def made(project: Path) -> dict[str, str]:
+    return {name: digest for name, digest in digests(project).items() if name.startswith(MADE)}
+
+
+def copy_of(fresh: Path, target: Path) -> Path:
+    shutil.copytree(fresh, target)
+    return target
+
+
+@pytest.mark.parametrize("key, value, promise", TABLE, ids=[f"{key}={value[:40]}" for key, value, _ in TABLE])
+def test_setting(fresh, tmp_path, key, value, promise):
+    setting = f"--{key}={value}"
+    whole = copy_of(fresh, tmp_path / "whole")
+    status = forked(whole, setting)
+    log = (whole / "train.log").read_text()
+    if promise == "refused":
+        assert status == 1 and re.search(r"^error: [^\n]+\Z", log.strip(), re.M), log
+        assert not (whole / "models/gpt2").exists()
+        return
+    assert status == 0, log
+    if promise == "not exact":
+        return
+    stopped = copy_of(fresh, tmp_path / "stopped")
+    every = [] if key.startswith("runtime.checkpoint") else [EVERY]
+    assert forked(stopped, setting, *every, kill=(signal.SIGTERM, 5)) == 128 + signal.SIGTERM
+    assert forked(stopped, setting, *every, kill=(signal.SIGKILL, 10)) == -signal.SIGKILL
+    assert list(stopped.glob("models/checkpoints/*/step-*.ckpt"))
+    assert forked(stopped, setting, *every) == 0, (stopped / "train.log").read_text()
+    assert "going on from" in (stopped / "train.log").read_text()
+    assert made(stopped) == made(whole)
+    assert {name.split("/")[-1] for name in made(whole)} >= {"model.safetensors", "README.md", "train.csv"}
