@@ -87,6 +87,11 @@ def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str)
             f"model.block_size {T}, less than one batch of {batch_size}: lower one of them"
         )
     batches, interval = predicted // T // batch_size, settings.trainer.val_check_interval
+    if not isinstance(interval, int | float | None):
+        raise UserError(
+            f"trainer.val_check_interval: {interval}: the clock would decide what is validated, and so the result: "
+            "write a fraction of an epoch, or a whole number of batches"
+        )
     if isinstance(interval, int) and interval > batches and settings.trainer.check_val_every_n_epoch is not None:
         raise UserError(
             f"trainer.val_check_interval: {interval} is more than the {batches:,} batches of an epoch: "
