@@ -35,7 +35,7 @@ SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there ar
 def main() -> None:
     settings = load("stages.train_tokenizer", __doc__)
     if settings.tokenizer.tokenizer_model is not None:
-        texts = (str(document, "utf-8") for document in Documents("train").batch(0))
+        texts = (str(document[:SAMPLE_SPAN_BYTES], "utf-8", "ignore") for document in Documents("train").batch(0))
         tokenizer, roles = existing("tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model, texts)
     else:
         tokenizer = JsonTokenizer(train(Documents("train"), settings.tokenizer), END_OF_TEXT, set())

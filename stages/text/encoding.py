@@ -147,8 +147,8 @@ def document_parts(document: memoryview, path: str, cut: re.Pattern | None) -> I
                 continue
             if not cuts:
                 raise UserError(
-                    f"{path}: at byte offset {start:,}, the tokenizer needs more than {WHOLE_BYTES >> 20} MiB of a "
-                    "document at once: make documents smaller with data.document"
+                    f"{path}: a document of {end:,} bytes, of which the tokenizer would need more than "
+                    f"{WHOLE_BYTES >> 20} MiB at once: make documents smaller with data.document"
                 )
             part = part[: cuts[-1]]
             stop = start + len(part.encode())

@@ -294,7 +294,7 @@ def test_document_too_large_to_be_encoded_whole(tmp_path, monkeypatch):
     folder = save(llama_like("metaspace"), tmp_path / "own", eos_token="</s>", unk_token="<unk>")
     (tmp_path / "text.txt").write_text("the one\n" * 1000)
     monkeypatch.setattr(encoding, "WHOLE_BYTES", 4000)
-    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="train.arrow: at byte offset 0, .* more than"):
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match="a document of 8,000 bytes, of which .* more than"):
         write_blocks(corpus_of(Path("text.txt"), "file"), folder, "blocks")
     assert not (tmp_path / "blocks").exists()
 
