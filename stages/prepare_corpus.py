@@ -11,7 +11,7 @@ from stages.common.paths import CORPUS, METRICS
 from stages.common.settings import load
 from stages.text.corpus import Documents
 from stages.text.leakage import Grams, Seen, count_words
-from stages.text.splits import document_hashes, sources_of, write_splits
+from stages.text.splits import sources_of, write_splits
 
 import numpy as np
 from tqdm import tqdm
@@ -26,8 +26,8 @@ def main() -> None:
     for name, path in settings.data.test_files.items():
         check_watched(f"data.test_files.{name}", path)
     with new_folder(CORPUS) as folder:
-        dropped = write_splits(settings.data, folder, names)
-        figures = describe({name: Documents(name, folder) for name in names}, dropped)
+        dropped, hashes = write_splits(settings.data, folder, names)
+        figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped)
         # Both or neither: a failure here leaves the corpus of before too.
         write_text(METRICS / "corpus.json", json.dumps(figures, indent=2) + "\n")
     for name, row in figures["sets"].items():
@@ -41,7 +41,7 @@ def main() -> None:
             )
 
 
-def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
+def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], dropped: dict[str, int]) -> dict:
     """What metrics/corpus.json holds.
 
     Returns:
@@ -53,12 +53,12 @@ def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
         lengths: share of a split's documents by length; `bytes` is the upper bound.
     """
     held_out = [name for name in splits if name != "train"]
-    sets, hashes, lengths = {}, {}, {}
+    sets, lengths = {}, {}
     for name in held_out:
-        sets[name], hashes[name], lengths[name] = measure(splits[name])
+        sets[name], lengths[name] = measure(splits[name])
     grams = Grams.of(*(sum(sets[name][key] for name in held_out) for key in ("words", "bytes")))
     seen = Seen(grams, [splits[name] for name in held_out])
-    sets["train"], hashes["train"], lengths["train"] = measure(splits["train"], seen)
+    sets["train"], lengths["train"] = measure(splits["train"], seen)
     leakage = {}
     for name in held_out:
         total, found = np.hstack([seen.by_document(batch) for batch in splits[name]])
@@ -73,7 +73,7 @@ def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
     shares = {name: np.pad(lengths[name], (0, last - len(lengths[name]))) / lengths[name].sum() for name in splits}
     first = min(int(np.flatnonzero(share)[0]) for share in shares.values())
     return {
-        "sets": {name: sets[name] | {"dropped": dropped[name]} for name in splits},
+        "sets": {name: sets[name] | identity(hashes[name]) | {"dropped": dropped[name]} for name in splits},
         "ngram": grams.name,
         "leakage": leakage,
         "lengths": [
@@ -82,25 +82,25 @@ def describe(splits: dict[str, Documents], dropped: dict[str, int]) -> dict:
     }
 
 
-def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.ndarray, np.ndarray]:
-    """A split's figures, a hash of each document, and how many documents have up to 2**i bytes, by i."""
+def identity(hashes: np.ndarray) -> dict:
+    duplicates = len(hashes) - len(np.unique(hashes))
+    return {"duplicates": duplicates, "sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
+
+
+def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.ndarray]:
+    """A split's figures, and how many documents have up to 2**i bytes, by i."""
     count = size = words = longest = 0
-    hashes, lengths = [], np.zeros(64, np.int64)
+    lengths = np.zeros(64, np.int64)
     with tqdm(total=documents.size, unit="B", unit_scale=True, desc="measuring", mininterval=1, disable=None) as bar:
         for batch in documents:
             each = np.diff(batch.offsets)
             count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))
             words += count_words(batch)
-            hashes.append(document_hashes(batch))
             lengths += np.bincount(np.ceil(np.log2(each)).astype(int), minlength=64)
             if seen:
                 seen.look(batch)
             bar.update(int(each.sum()))
-    hashes = np.concatenate(hashes)
-    duplicates = count - len(np.unique(hashes))
-    figures = {"documents": count, "bytes": size, "words": words, "duplicates": duplicates, "longest": longest}
-    figures["sha256"] = hashlib.sha256(hashes.tobytes()).hexdigest()
-    return figures, hashes, np.trim_zeros(lengths, "b")
+    return {"documents": count, "bytes": size, "words": words, "longest": longest}, np.trim_zeros(lengths, "b")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """How much of the held-out text stands word for word in the training text.
 
-An n-gram is 13 words (as in https://arxiv.org/abs/2005.14165, appendix C), or 50 bytes of text without
-spaces. Those of the held-out documents are kept as 64-bit hashes, and the training text is streamed over
-them. Above MOST_GRAMS of them, a fixed share of all possible n-grams is looked at, in both texts alike.
+An n-gram is 13 words (as in https://arxiv.org/abs/2005.14165, appendix C), or of text without spaces 50
+bytes that begin at a character. Those of the held-out documents are kept as 64-bit hashes, and the training
+text is streamed over them. Above MOST_GRAMS of them, a share of all possible ones is looked at, in both alike.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stages.text.corpus import Batch, Documents
@@ -15,12 +16,9 @@ WORDS, BYTES = 13, 50
 LONG_WORD_BYTES = 25  # on average, where text has no spaces
 MOST_GRAMS = 1 << 22
 PART_BYTES = 1 << 20
-SPACE = np.isin(np.arange(256), [ord(c) for c in map(chr, range(128)) if c.isspace()])
-_random = np.random.default_rng(0)
-VALUES = _random.integers(0, 1 << 63, 256, np.uint64)
-BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2**64
-POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE))
-INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, np.uint64(pow(int(BASE), -1, 1 << 64))))
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
+POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE, np.uint64))
+INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, pow(BASE, -1, 1 << 64), np.uint64))
 
 
 def mixed(hashes: np.ndarray) -> np.ndarray:
@@ -34,11 +32,11 @@ def span_hashes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
     """Polynomial hashes modulo 2**64 of values[start:end], wherever it stands.
 
     Args:
-        values: (N,) uint64, N at most PART_BYTES.
+        values: (N,) uint8 or uint64, N at most PART_BYTES.
         starts, ends: (n,) int64.
     """
     sums = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values * POWERS[: len(values)], out=sums[1:])
+    np.cumsum(np.multiply(values, POWERS[: len(values)]), out=sums[1:])
     return mixed((sums[ends] - sums[starts]) * INVERSES[starts])
 
 
@@ -48,20 +46,16 @@ def words_of(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
     Args:
         text: (N,) uint8; offsets: where in it each document begins, and the end of the last one.
     """
-    space = SPACE[text]
-    visible = ~space
-    begins, stops = visible.copy(), visible.copy()
-    begins[1:] &= space[:-1]
-    stops[:-1] &= space[1:]
-    # Words end where documents do.
+    visible = np.zeros(len(text) + 2, bool)  # what str.isspace() takes for a space of 0 to 127
+    visible[1:-1] = (text != 32) & (text - np.uint8(9) > 4) & (text - np.uint8(28) > 3)
+    edges = np.flatnonzero(visible[1:] != visible[:-1])
     inner = offsets[1:-1]
-    inner = inner[(inner > 0) & (inner < len(text))]
-    begins[inner] = visible[inner]
-    stops[inner - 1] = visible[inner - 1]
-    return np.flatnonzero(begins), np.flatnonzero(stops) + 1
+    inner = np.repeat(inner[visible[inner] & visible[inner + 1]], 2)  # documents end words
+    edges = np.insert(edges, np.searchsorted(edges, inner), inner)
+    return edges[::2], edges[1::2]
 
 
-def parts(batch: Batch):
+def parts(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A batch's text and offsets; the one document of a large batch in parts."""
     text = np.frombuffer(batch.text, np.uint8)[: batch.offsets[-1]]
     for start in range(0, len(text), PART_BYTES):
@@ -71,9 +65,9 @@ def parts(batch: Batch):
 
 def count_words(batch: Batch) -> int:
     """White-space-separated words, as str.split() finds them."""
-    if batch.text.nbytes > PART_BYTES or not bytes(batch.text).isascii():
+    if len(batch.text) > PART_BYTES or (np.frombuffer(batch.text, np.uint8) > 127).any():
         return sum(len(str(document, "utf-8").split()) for document in batch)
-    return len(words_of(*next(parts(batch)))[0])
+    return sum(len(words_of(*part)[0]) for part in parts(batch))
 
 
 @dataclass
@@ -100,19 +94,21 @@ class Grams:
         return Grams(unit, np.uint64(min((1 << 64) - 1, (MOST_GRAMS << 64) // max(total, 1))))
 
     def hashes(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The n-grams of documents: hashes (n,) uint64, and the number of the document each is of."""
-        values = VALUES[text]
+        """The n-grams of documents: hashes (n,) uint64, and the byte at which each begins."""
         if self.unit == "words":
             starts, ends = words_of(text, offsets)
-            n, values = WORDS, span_hashes(values, starts, ends)
+            values = span_hashes(text + np.uint8(1), starts, ends)
+            first, n, bounds = np.arange(max(0, len(values) - WORDS + 1)), WORDS, np.searchsorted(starts, offsets[1:])
         else:
-            n, starts = BYTES, np.arange(len(text))
-        first = np.arange(max(0, len(values) - n + 1))
-        document = np.searchsorted(offsets, starts, "right") - 1 if len(offsets) > 2 else np.zeros(len(starts), int)
-        first = first[document[first] == document[first + n - 1]]
+            values, n, bounds = text, BYTES, offsets[1:]
+            first = np.flatnonzero(text[: max(0, len(text) - BYTES + 1)] & 0xC0 != 0x80)  # where characters begin
+        whole = np.ones(len(values), bool)
+        across = (bounds[:, None] - np.arange(1, n)).ravel()
+        whole[across[across >= 0]] = False
+        first = first[whole[first]]
         hashes = span_hashes(values, first, first + n)
-        kept = hashes <= self.most
-        return hashes[kept], document[first[kept]]
+        kept = np.flatnonzero(hashes <= self.most)
+        return hashes[kept], starts[first[kept]] if self.unit == "words" else first[kept]
 
 
 class Seen:
@@ -123,18 +119,19 @@ class Seen:
         hashes = [grams.hashes(*part)[0] for split in held_out for batch in split for part in parts(batch)]
         self.hashes = np.unique(np.concatenate(hashes))
         self.seen = np.zeros(len(self.hashes), bool)
-        bits = max(16, int(16 * len(self.hashes)).bit_length())
-        self.shift = np.uint64(64 - bits)
-        # Most n-grams of the training text are none of them: a table says so at one look.
-        self.maybe = np.zeros(1 << bits, bool)
-        self.maybe[mixed(self.hashes) >> self.shift] = True
+        # Most n-grams of the training text are none of them: a table by their low bits says so at one look.
+        self.maybe = np.zeros(1 << max(16, (16 * len(self.hashes)).bit_length()), bool)
+        self.maybe[self.low_bits(self.hashes)] = True
+
+    def low_bits(self, hashes: np.ndarray) -> np.ndarray:
+        return (hashes & np.uint64(len(self.maybe) - 1)).view(np.int64)
 
     def look(self, batch: Batch) -> None:
         if not len(self.hashes):
             return
         for text, offsets in parts(batch):
             hashes, _ = self.grams.hashes(text, offsets)
-            hashes = hashes[self.maybe[mixed(hashes) >> self.shift]]
+            hashes = hashes[self.maybe[self.low_bits(hashes)]]
             at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
             self.seen[at[self.hashes[at] == hashes]] = True
 
@@ -142,7 +139,8 @@ class Seen:
         """How many n-grams each document of a held-out batch has, and how many of them are in the training text."""
         total = np.zeros((2, len(batch)), np.int64)
         for text, offsets in parts(batch):
-            hashes, document = self.grams.hashes(text, offsets)
+            hashes, places = self.grams.hashes(text, offsets)
+            document = np.searchsorted(offsets, places, "right") - 1
             found = self.seen[np.searchsorted(self.hashes, hashes)]
             total += np.bincount(document, minlength=len(batch)), np.bincount(document, found, len(batch)).astype(int)
         return total[0], total[1]

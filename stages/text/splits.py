@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stages.common.errors import UserError
 from stages.text.corpus import Documents, write_documents
+from stages.text.leakage import mixed
 from stages.text.sources import check_unchanged, find_files, read_source
 
 import numpy as np
@@ -36,13 +37,13 @@ def sources_of(settings) -> dict[str, str]:
     return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
-def write_splits(settings, folder: Path, names: Iterable[str]) -> dict[str, int]:
+def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict, dict]:
     """Writes NAME.arrow for each of some splits.
 
     Args:
         settings: the data group.
     Returns:
-        how many documents of each split `deduplicate` has left out.
+        by split, how many documents `deduplicate` has left out, and a hash of each document, (n,) uint64.
     Raises:
         UserError: a source that can't be read or that changed meanwhile; a split without documents.
     """
@@ -55,7 +56,7 @@ def write_splits(settings, folder: Path, names: Iterable[str]) -> dict[str, int]
             documents = read_source(path, found, settings, bar.update)
             if path == sources["train"] in (sources["valid"], sources["test"]):
                 documents = cut_if_single(documents, path)
-            hashes[path] = write_hashed(folder / f".{len(hashes)}.arrow", documents, settings.split_seed)
+            hashes[path] = write_hashed(folder / f".{len(hashes)}.arrow", documents)
             check_unchanged(path, settings.document, found)
     parts = {name: part_of(name, sources, hashes[sources[name]], settings) for name in names}
     for name, part in parts.items():
@@ -78,34 +79,30 @@ def write_splits(settings, folder: Path, names: Iterable[str]) -> dict[str, int]
         select(Documents(numbers[sources[name]], folder), part, folder / f"{name}.arrow")
     for number in numbers.values():
         (folder / f"{number}.arrow").unlink()
-    return {name: whole[name] - int(part.sum()) for name, part in parts.items()}
+    dropped = {name: whole[name] - int(part.sum()) for name, part in parts.items()}
+    return dropped, {name: hashes[sources[name]][part] for name, part in parts.items()}
 
 
-def write_hashed(target: Path, documents: Iterator[bytes], seed: int) -> np.ndarray:
-    """Writes documents; returns a hash of each that depends on a seed, (n,) uint64."""
+def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
+    """Writes documents; returns a hash of each, (n,) uint64."""
     hashes = bytearray()
 
     def hashed() -> Iterator[bytes]:
         for document in documents:
-            hashes.extend(digest(document, seed))
+            hashes.extend(digest(document))
             yield document
 
     write_documents(target, hashed())
     return np.frombuffer(hashes, "<u8")
 
 
-def document_hashes(documents: Iterable[bytes | memoryview], seed: int = 0) -> np.ndarray:
-    """A hash of each document, (n,) uint64."""
-    return np.frombuffer(b"".join(digest(document, seed) for document in documents), "<u8")
-
-
-def digest(text: bytes | memoryview, seed: int = 0) -> bytes:
-    return hashlib.blake2b(text, digest_size=8, key=b"%d" % seed).digest()
+def digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=8).digest()
 
 
 def part_of(name: str, sources: dict[str, str], hashes: np.ndarray, settings) -> np.ndarray:
     """Which documents of its source a split has, (n,) bool: all, or where splits share one, a range of hashes."""
-    where = hashes / 2.0**64
+    where = mixed(hashes + mixed(np.array([settings.split_seed], np.uint64))) / 2.0**64
     bounds = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
     shared = [other for other in bounds if sources[other] == sources["train"]]
     if name in shared:

@@ -237,7 +237,7 @@ def test_leakage_is_counted(project, tmp_path, unit):
     known = set().union(*(grams(d, unit) for d in train))
     counts = []
     for d in test:
-        words = d.split() if unit == "words" else d.encode()
+        words = d.split() if unit == "words" else d.encode()  # ASCII: every byte begins a character
         n = 13 if unit == "words" else 50
         each = [tuple(words[i : i + n]) if unit == "words" else words[i : i + n] for i in range(len(words) - n + 1)]
         counts.append((len(each), sum(gram in known for gram in each)))
@@ -283,10 +283,10 @@ def test_a_text_that_changes_while_it_is_read_is_one_line(tmp_path, monkeypatch)
         file.write_text("\n".join(DOCUMENTS))
         write = splits.write_hashed
 
-        def changing(target, documents, seed, file=file, change=change, write=write):
+        def changing(target, documents, file=file, change=change, write=write):
             first = next(documents)
             change(file)
-            return write(target, iter([first, *documents]), seed)
+            return write(target, iter([first, *documents]))
 
         monkeypatch.setattr(splits, "write_hashed", changing)
         with pytest.raises(UserError, match=r"t\.txt: changed while it was read"):
