@@ -16,6 +16,7 @@ WORDS, BYTES = 13, 50
 LONG_WORD_BYTES = 25  # on average, where text has no spaces
 MOST_GRAMS = 1 << 22
 PART_BYTES = 1 << 20
+LARGEST = np.uint64((1 << 64) - 1)
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE, np.uint64))
 INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, pow(BASE, -1, 1 << 64), np.uint64))
@@ -91,24 +92,25 @@ class Grams:
         """The kind for held-out text of so many words and bytes."""
         unit = "words" if size < LONG_WORD_BYTES * words else "bytes"
         total = words if unit == "words" else size
-        return Grams(unit, np.uint64(min((1 << 64) - 1, (MOST_GRAMS << 64) // max(total, 1))))
+        return Grams(unit, np.uint64(min(int(LARGEST), (MOST_GRAMS << 64) // max(total, 1))))
 
     def hashes(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The n-grams of documents: hashes (n,) uint64, and the byte at which each begins."""
         if self.unit == "words":
             starts, ends = words_of(text, offsets)
             values = span_hashes(text + np.uint8(1), starts, ends)
-            first, n, bounds = np.arange(max(0, len(values) - WORDS + 1)), WORDS, np.searchsorted(starts, offsets[1:])
+            n, bounds, begins = WORDS, np.searchsorted(starts, offsets[1:]), np.ones(len(values), bool)
         else:
-            values, n, bounds = text, BYTES, offsets[1:]
-            first = np.flatnonzero(text[: max(0, len(text) - BYTES + 1)] & 0xC0 != 0x80)  # where characters begin
-        whole = np.ones(len(values), bool)
+            # N-grams begin where characters do.
+            starts, values, n, bounds, begins = None, text, BYTES, offsets[1:], text & 0xC0 != 0x80
         across = (bounds[:, None] - np.arange(1, n)).ravel()
-        whole[across[across >= 0]] = False
-        first = first[whole[first]]
+        begins[across[across >= 0]] = False
+        first = np.flatnonzero(begins)
         hashes = span_hashes(values, first, first + n)
-        kept = np.flatnonzero(hashes <= self.most)
-        return hashes[kept], starts[first[kept]] if self.unit == "words" else first[kept]
+        if self.most < LARGEST:
+            kept = np.flatnonzero(hashes <= self.most)
+            hashes, first = hashes[kept], first[kept]
+        return hashes, first if starts is None else starts[first]
 
 
 class Seen:

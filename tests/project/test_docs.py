@@ -105,7 +105,7 @@ def help_of(stage: str) -> str:
 
 # What the pages show of others' tools, which this environment needn't have.
 OTHERS = set(
-    "apt-get cd cat cp export git head iconv kill ls mkdir pip sbatch source squeue srun ssh sudo tail wc".split()
+    "apt-get cd cat cp export git head iconv kill ls mkdir pip rm sbatch source squeue srun ssh sudo tail wc".split()
 )
 
 
