@@ -256,7 +256,7 @@ def read_csv(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
 
     rows = csv.reader(lines(), strict=True)
     try:
-        names = next(rows)
+        names = next(rows, [])
         field(dict.fromkeys(names, ""), settings.text_key, f"{path}: line 1")
         at = names.index(settings.text_key)
         for row in rows:

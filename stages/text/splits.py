@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 PARAGRAPH_END = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")
-PIECE_PARAGRAPHS = 16  # on average
+PIECE_PARAGRAPHS = 8  # on average
 SIMILARITY = 0.8  # Jaccard similarity of near-duplicates, by MinHash of their word 5-grams
 SHINGLE_WORDS, PERMUTATIONS, MINHASH_SEED = 5, 128, 42
 

@@ -179,16 +179,16 @@ def test_documents_are_held_out_by_their_text(tmp_path):
 
 
 def test_one_document_is_held_out_of_in_pieces(tmp_path, capsys):
-    book = sample_lines(0, 6000)
+    book, shares = sample_lines(0, 6000), {"valid_fraction": 0.2, "test_fraction": 0.2}
     (tmp_path / "book.txt").write_text(book)
-    made = prepared(tmp_path, document="file", **one_path(tmp_path / "book.txt"))
+    made = prepared(tmp_path, document="file", **one_path(tmp_path / "book.txt"), **shares)
     assert "note: " in capsys.readouterr().err
     pieces = [piece for texts in made.values() for piece in texts]
     assert all(len(texts) > 1 for texts in made.values())
     assert all(piece.decode() in book for piece in pieces)
     assert sum(map(len, pieces)) + 2 * (len(pieces) - 1) == len(book.encode())
     (tmp_path / "book.txt").write_text("A new first chapter.\n\n" + book + "\n\nMore.")
-    more = prepared(tmp_path, document="file", **one_path(tmp_path / "book.txt"))
+    more = prepared(tmp_path, document="file", **one_path(tmp_path / "book.txt"), **shares)
     moved = [len(set(made[name]) - set(more[name])) for name in made]
     assert sum(moved) <= 2  # the first and the last piece
 
