@@ -37,7 +37,7 @@ def sources_of(settings) -> dict[str, str]:
     return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
-def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict, dict]:
+def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     """Writes NAME.arrow for each of some splits.
 
     Args:
@@ -47,40 +47,54 @@ def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict, di
     Raises:
         UserError: a source that can't be read or that changed meanwhile; a split without documents.
     """
-    sources = sources_of(settings)
-    files = {sources[name]: find_files(sources[name], settings.document) for name in names}
-    hashes = {}
-    total = sum(file.size for found in files.values() for file in found)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
-        for path, found in files.items():
-            documents = read_source(path, found, settings, bar.update)
-            if path == sources["train"] in (sources["valid"], sources["test"]):
-                documents = cut_if_single(documents, path)
-            hashes[path] = write_hashed(folder / f".{len(hashes)}.arrow", documents)
-            check_unchanged(path, settings.document, found)
-    parts = {name: part_of(name, sources, hashes[sources[name]], settings) for name in names}
+    sources = {name: path for name, path in sources_of(settings).items() if name in names}
+    hashes = write_sources(settings, folder, set(sources.values()))
+    documents = {name: Documents(source_name(path, hashes), folder) for name, path in sources.items()}
+    hashes = {name: hashes[path] for name, path in sources.items()}
+    parts = {name: part_of(name, hashes[name], settings) for name in sources}
     for name, part in parts.items():
         if not part.any():
+            what = f"raise data.{name}_fraction" if name != "train" else "lower data.valid_fraction and test_fraction"
             raise UserError(
-                f"{sources[name]}: no document of {len(part):,} is left for {name}: raise data.{name}_fraction, "
-                f"change data.split_seed, or name another file"
-                if name in ("valid", "test")
-                else f"{sources[name]}: no document is left to train on: lower data.valid_fraction and test_fraction"
+                f"{sources[name]}: no document of {len(part):,} is left for {name}: {what}, or name another text"
             )
     whole = {name: int(part.sum()) for name, part in parts.items()}
-    numbers = {path: f".{i}" for i, path in enumerate(hashes)}
     if settings.deduplicate != "none":
-        drop_equal(parts, {name: hashes[sources[name]] for name in names})
-    if settings.deduplicate == "near":
-        drop_similar({name: Documents(numbers[sources[name]], folder) for name in names}, parts)
+        drop_equal(parts, hashes)
+    if settings.deduplicate == "near" and "train" in parts:
+        drop_similar(documents, parts)
     if "train" in parts and not parts["train"].any():
         raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
     for name, part in parts.items():
-        select(Documents(numbers[sources[name]], folder), part, folder / f"{name}.arrow")
-    for number in numbers.values():
-        (folder / f"{number}.arrow").unlink()
+        select(documents[name], part, folder / f"{name}.arrow")
+    for source in documents.values():
+        source.path.unlink(missing_ok=True)
     dropped = {name: whole[name] - int(part.sum()) for name, part in parts.items()}
-    return dropped, {name: hashes[sources[name]][part] for name, part in parts.items()}
+    return dropped, {name: hashes[name][part] for name, part in parts.items()}
+
+
+def write_sources(settings, folder: Path, paths: set[str]) -> dict[str, np.ndarray]:
+    """Writes the documents of each source to a hidden file of the folder; returns by path their hashes."""
+    files = {path: find_files(path, settings.document) for path in sorted(paths)}
+    shared = {path for path in (settings.valid_file, settings.test_file) if same(path, settings.train_file)}
+    total, hashes = sum(file.size for found in files.values() for file in found), {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
+        for path, found in files.items():
+            documents = read_source(path, found, settings, bar.update)
+            if any(same(path, other) for other in shared):
+                documents = cut_if_single(documents, path)
+            hashes[path] = np.empty(0, np.uint64)
+            hashes[path] = write_hashed(folder / f"{source_name(path, hashes)}.arrow", documents)
+            check_unchanged(path, settings.document, found)
+    return hashes
+
+
+def source_name(path: str, paths: Iterable[str]) -> str:
+    return f".{list(paths).index(path)}"
+
+
+def same(path: str, other: str) -> bool:
+    return os.path.normpath(path) == os.path.normpath(other)
 
 
 def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
@@ -100,16 +114,16 @@ def digest(text: bytes) -> bytes:
     return hashlib.blake2b(text, digest_size=8).digest()
 
 
-def part_of(name: str, sources: dict[str, str], hashes: np.ndarray, settings) -> np.ndarray:
-    """Which documents of its source a split has, (n,) bool: all, or where splits share one, a range of hashes."""
+def part_of(name: str, hashes: np.ndarray, settings) -> np.ndarray:
+    """Which documents of its source a split has, (n,) bool: all, or where it shares train's, those of some hashes."""
     where = mixed(hashes + mixed(np.array([settings.split_seed], np.uint64))) / 2.0**64
-    bounds = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
-    shared = [other for other in bounds if sources[other] == sources["train"]]
+    held_out = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
+    shared = [other for other in held_out if same(getattr(settings, f"{other}_file"), settings.train_file)]
     if name in shared:
-        return bounds[name]
+        return held_out[name]
     part = np.ones(len(hashes), bool)
     for other in shared if name == "train" else ():
-        part &= ~bounds[other]
+        part &= ~held_out[other]
     return part
 
 
