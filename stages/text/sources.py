@@ -97,9 +97,9 @@ def find_files(path: str, document: str) -> list[SourceFile]:
         )
     if not files:
         raise UserError(f"{path}: no file in it that can be read: {READABLE}")
-    formats = {file.format: file.path for file in reversed(files)} | {ending: name for name, ending in unknown[:1]}
+    formats = {file.format: file.path for file in files[::-1]} | {ending: name for name, ending in unknown[:1]}
     if len(formats) > 1:
-        (one, first), (other, second) = list(formats.items())[:2]
+        (one, first), (other, second) = sorted(formats.items(), key=lambda item: item[1])[:2]
         raise UserError(f"{path}: mixed formats: {first} is {one}, {second} {other}: a folder must hold one")
     return files
 

@@ -333,7 +333,7 @@ BAD = {
     "Latin-1 rows": ({"t.csv": b"text\na\n\xe9\n"}, "t.csv", r"t\.csv: line 3: not UTF-8"),
     "Latin-1 lines": ({"t.jsonl": b'{"text": "\xe9"}\n'}, "t.jsonl", r"t\.jsonl: line 1: broken JSON: .*utf-8"),
     "Latin-1 inside gz": ({"t.txt.gz": gzip.compress(b"abc \xe9")}, "t.txt.gz", r"not UTF-8 at byte offset 4"),
-    "cut inside a character": ({"t.txt": "é".encode()[:1]}, "t.txt", r"t\.txt: not UTF-8 at byte offset 0"),
+    "cut inside a character": ({"c.txt": "é".encode()[:1]}, "c.txt", r"c\.txt: not UTF-8 at byte offset 0"),
     "empty folder": ({"f/.hidden": b"x"}, "f", r"f: no file in it that can be read"),
     "mixed folder": (
         {"f/a.txt": b"x", "f/b.csv": b"text\nx\n"},
