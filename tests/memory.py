@@ -6,15 +6,21 @@ Prints one line for each text and stage, and ends with status 1 when a stage nee
 """
 
 import argparse
+import csv
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import ROOT, sample_lines
@@ -78,6 +84,19 @@ def write(path: Path, text: str, mib: float) -> None:
                 return
 
 
+def write_table(text: Path, target: Path) -> None:
+    """The paragraphs of a text as the rows of a .jsonl, .csv or .parquet file."""
+    rows = (part.rstrip("\n") for part in re.split("\n\n", text.read_text(encoding="utf-8")) if part.strip())
+    if target.suffix == ".parquet":
+        pd.DataFrame({"text": rows}).to_parquet(target)
+        return
+    with target.open("w", encoding="utf-8", newline="") as file:
+        if target.suffix == ".csv":
+            csv.writer(file).writerows([row] for row in chain(["text"], rows))
+        else:
+            file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+
+
 def measure(folder: Path, stage: str, *settings: str) -> tuple[float, float]:
     """Runs a stage in a folder; returns its peak resident memory in MiB, and its seconds."""
     shutil.copy(ROOT / "params.yaml", folder)
@@ -99,6 +118,9 @@ def main() -> int:
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--algorithms", nargs="+", choices=["bpe", "unigram", "byte"], default=["bpe"])
     parser.add_argument("--documents", nargs="+", choices=["blank_line", "line", "file"], default=["blank_line"])
+    parser.add_argument(
+        "--tables", nargs="*", choices=["jsonl", "csv", "parquet"], default=[], help="forms to read too"
+    )
     arguments = parser.parse_args()
     highest = 0.0
     print("| text | MiB | stage | peak MiB | seconds |\n| --- | --- | --- | --- | --- |", flush=True)
@@ -109,6 +131,9 @@ def main() -> int:
                 write(folder / f"{split}.txt", text, mib)
             files = [f"--data.{split}_file={split}.txt" for split in ("train", "valid", "test")]
             runs = []
+            for ending in arguments.tables:
+                write_table(folder / "train.txt", folder / f"train.{ending}")
+                runs.append(("prepare_corpus", [f"--data.train_file=train.{ending}"]))
             for document in arguments.documents:
                 runs.append(("prepare_corpus", [f"--data.document={document}"]))
                 for algorithm in arguments.algorithms:

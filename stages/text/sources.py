@@ -55,7 +55,7 @@ class SourceFile:
 
 
 def find_files(path: str, document: str) -> list[SourceFile]:
-    """The files of a source in sorted order. Hidden ones and Python's __pycache__ don't count.
+    """The files of a source in sorted order.
 
     Args:
         path: a file or a folder.
@@ -63,21 +63,8 @@ def find_files(path: str, document: str) -> list[SourceFile]:
     Raises:
         UserError: nothing there, nothing readable, an unknown ending, formats mixed in a folder, an empty file.
     """
-    if not os.path.exists(path):
-        dataset = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not os.path.splitext(path)[1]
-        hint = f"`hf download {path} --repo-type dataset --include '*.parquet' --local-dir data/{path}`"
-        more = f"; a Hugging Face dataset: {hint}, then name that folder" if dataset else ""
-        raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text{more}")
-    names = [path]
-    if os.path.isdir(path):
-        names = sorted(
-            os.path.join(folder, name)
-            for folder, _, found in os.walk(path)
-            for name in found
-            if not re.search(r"(^|/)(\.|__pycache__(/|$))", os.path.relpath(os.path.join(folder, name), path))
-        )
     files, unknown = [], []
-    for name in names:
+    for name in names_at(path):
         stem, ending = os.path.splitext(name)
         compression = COMPRESSIONS.get(ending.lower())
         ending = os.path.splitext(stem)[1] if compression else ending
@@ -102,6 +89,20 @@ def find_files(path: str, document: str) -> list[SourceFile]:
         (one, first), (other, second) = sorted(formats.items(), key=lambda item: item[1])[:2]
         raise UserError(f"{path}: mixed formats: {first} is {one}, {second} {other}: a folder must hold one")
     return files
+
+
+def names_at(path: str) -> list[str]:
+    """A file, or all files in a folder in sorted order, but for hidden ones and Python's __pycache__."""
+    if not os.path.exists(path):
+        dataset = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not os.path.splitext(path)[1]
+        hint = f"`hf download {path} --repo-type dataset --include '*.parquet' --local-dir data/{path}`"
+        more = f"; a Hugging Face dataset: {hint}, then name that folder" if dataset else ""
+        raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text{more}")
+    if not os.path.isdir(path):
+        return [path]
+    names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
+    left_out = re.compile(r"(^|/)(\.|__pycache__/)")
+    return sorted(name for name in names if not left_out.search(os.path.relpath(name, path)))
 
 
 def state_of(path: str) -> tuple[int, int, int]:
