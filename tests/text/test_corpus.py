@@ -18,8 +18,8 @@ from stages.text.splits import write_splits
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
-import zstandard
 from conftest import ROOT, data_settings, run_stage, sample_lines, set_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,7 +65,7 @@ PLAIN = "\n\n".join(DOCUMENTS).encode()
 FORMS = {
     "txt": lambda f: written(f / "t.txt", PLAIN),
     "txt without an ending": lambda f: written(f / "text", PLAIN + b"\n"),
-    "txt.zst": lambda f: written(f / "t.txt.zst", zstandard.compress(PLAIN)),
+    "txt.zst": lambda f: written(f / "t.txt.zst", pa.compress(PLAIN, "zstd", asbytes=True)),
     "txt.bz2": lambda f: written(f / "t.txt.bz2", bz2.compress(PLAIN)),
     "txt.xz": lambda f: written(f / "t.txt.xz", lzma.compress(PLAIN)),
     "separator": lambda f: written(f / "t.txt", "\n<|endoftext|>\n".join(DOCUMENTS).encode()),
@@ -311,7 +311,11 @@ BAD = {
     "no gz": ({"t.txt.gz": PLAIN}, "t.txt.gz", r"t\.txt\.gz: broken gzip: .*header"),
     "broken bz2": ({"t.txt.bz2": cut(bz2.compress(PLAIN))}, "t.txt.bz2", r"t\.txt\.bz2: broken bz2"),
     "broken xz": ({"t.txt.xz": cut(lzma.compress(PLAIN))}, "t.txt.xz", r"t\.txt\.xz: broken xz"),
-    "broken zst": ({"t.jsonl.zst": cut(zstandard.compress(jsonl()))}, "t.jsonl.zst", r"t\.jsonl\.zst: broken zstd"),
+    "broken zst": (
+        {"t.jsonl.zst": cut(pa.compress(jsonl(), "zstd", asbytes=True))},
+        "t.jsonl.zst",
+        r"t\.jsonl\.zst: broken zstd",
+    ),
     "no parquet": ({"t.parquet": PLAIN}, "t.parquet", r"t\.parquet: broken parquet"),
     "broken json": ({"t.jsonl": jsonl() + b'{"text": "a'}, "t.jsonl", r"t\.jsonl: line \d+: broken JSON: Unterminated"),
     "json list": ({"t.jsonl": b'{"text": "a"}\n[1]\n'}, "t.jsonl", r"t\.jsonl: line 2: no object"),
