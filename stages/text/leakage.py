@@ -5,6 +5,7 @@ bytes that begin at a character. Those of the held-out documents are kept as 64-
 text is streamed over them. Above MOST_GRAMS of them, a share of all possible ones is looked at, in both alike.
 """
 
+import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,9 +67,17 @@ def parts(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 def count_words(batch: Batch) -> int:
     """White-space-separated words, as str.split() finds them."""
-    if len(batch.text) > PART_BYTES or (np.frombuffer(batch.text, np.uint8) > 127).any():
-        return sum(len(str(document, "utf-8").split()) for document in batch)
-    return sum(len(words_of(*part)[0]) for part in parts(batch))
+    if len(batch.text) <= PART_BYTES:
+        if (np.frombuffer(batch.text, np.uint8) > 127).any():
+            return sum(len(str(document, "utf-8").split()) for document in batch)
+        return sum(len(words_of(*part)[0]) for part in parts(batch))
+    words, inside, decoder = 0, False, codecs.getincrementaldecoder("utf-8")()
+    for raw, _ in parts(batch):
+        text = decoder.decode(bytes(raw))
+        # A word that is longer than a part counts once.
+        words += len(text.split()) - (inside and not text[:1].isspace())
+        inside = not text[-1:].isspace()
+    return words
 
 
 @dataclass

@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 CHUNK_BYTES = 1 << 22
-MARKER = b"<|endoftext|>"  # between the documents of text in GPT-2's format
 FORMATS = {"": "txt", ".txt": "txt", ".text": "txt", ".md": "txt"}
 FORMATS |= {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
@@ -157,18 +156,14 @@ def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
 
 def read_txt(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
     marker = settings.separator.encode()
-    chunks = checked_chunks(stream, path, None if settings.document == "separator" else marker)
+    chunks = checked_chunks(stream, path)
     if settings.document == "separator":
         return split_at_marker(chunks, marker)
     return split_at_lines(chunks, settings.document)
 
 
-def checked_chunks(stream: BinaryIO, path: str, marker: bytes | None) -> Iterator[bytes]:
-    """A text in chunks that are known to be UTF-8.
-
-    Args:
-        marker: said to stand in the text once, when it does.
-    """
+def checked_chunks(stream: BinaryIO, path: str) -> Iterator[bytes]:
+    """A text in chunks that are known to be UTF-8."""
     offset, rest = 0, b""
     while chunk := stream.read(CHUNK_BYTES):
         chunk = rest + chunk
@@ -180,9 +175,6 @@ def checked_chunks(stream: BinaryIO, path: str, marker: bytes | None) -> Iterato
             chunk, rest = chunk[:end], chunk[end:]
         else:
             rest = b""
-        if marker and marker in chunk:
-            print(f"note: {path} holds {marker.decode()}: does data.document: separator fit it?", file=sys.stderr)
-            marker = None
         yield chunk
         offset += len(chunk)
     if rest:
@@ -311,10 +303,14 @@ def read_source(path: str, files: list[SourceFile], settings, advance: Callable[
     Raises:
         UserError: as `read_documents`, and when there is no document at all.
     """
-    count = 0
+    count, marker = 0, settings.separator.encode()
     for file in files:
+        look = file.format == "txt" and settings.document != "separator"
         for document in read_documents(file, settings, advance):
             count += 1
+            if look and marker and marker in document:
+                where, marker = f"{file.path} holds {marker.decode()}", b""
+                print(f"note: {where}: does data.document: separator fit {path}?", file=sys.stderr)
             yield document
     if not count:
         raise UserError(f"{path}: only white space: it has no document")

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 
 from stages.common.errors import UserError
-from stages.text import sources, splits
-from stages.text.corpus import Documents
+from stages.text import leakage, sources, splits
+from stages.text.corpus import Batch, Documents
 from stages.text.splits import write_splits
 
 import numpy as np
@@ -254,6 +254,14 @@ def test_leakage_is_counted(project, tmp_path, unit):
     assert sum(row["train"] for row in figures["lengths"]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("ending", ["", "日本\u3000é "])
+def test_words_of_a_document_larger_than_a_part(monkeypatch, ending):
+    text = (sample_lines(0, 60) + ending) * 9
+    monkeypatch.setattr(leakage, "PART_BYTES", 1001)
+    batch = Batch(np.array([0, len(text.encode())]), memoryview(text.encode()))
+    assert leakage.count_words(batch) == len(text.split())
+
+
 def test_source_code_is_a_corpus(project):
     """The project's own stages/ in all three, a document a file."""
     arguments = [f"--data.{split}_file={ROOT / 'stages'}" for split in ("train", "valid", "test")]
@@ -297,7 +305,7 @@ def test_a_text_that_changes_while_it_is_read_is_one_line(tmp_path, monkeypatch)
 def test_a_marker_in_another_mode_gets_one_note(project):
     (project / "marked.txt").write_text("one<|endoftext|>\n\ntwo<|endoftext|>three\n")
     _, _, err = run_stage(project, "prepare_corpus", "--data.train_file=marked.txt")
-    assert err.count("note: marked.txt holds <|endoftext|>: does data.document: separator fit it?") == 1
+    assert err.count("note: marked.txt holds <|endoftext|>: does data.document: separator fit marked.txt?") == 1
 
 
 def cut(content: bytes) -> bytes:
