@@ -261,7 +261,8 @@ def curve(raw: bytes | None, column: str) -> list[list[float]]:
     table = table[np.isfinite(table).all(axis=1)]
     if len(table) > CURVE_POINTS:
         table = table.groupby(np.arange(len(table)) * CURVE_POINTS // len(table)).mean()
-    return table.round({"tokens": 0, column: 4}).to_numpy().tolist()
+    points: Any = table.round({"tokens": 0, column: 4})
+    return points.to_numpy().tolist()
 
 
 def read_samples(raw: bytes | None) -> list[list[str]]:

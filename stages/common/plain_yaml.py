@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError, one_line
 
@@ -64,7 +65,7 @@ def read_file(path: str) -> tuple[dict, dict[str, tuple[str, str]]]:
     return values, given
 
 
-def read_text(text: str, place: Callable[[int], str], whole: str) -> tuple[yaml.Node | None, object]:
+def read_text(text: str, place: Callable[[int], str], whole: str) -> tuple[yaml.Node | None, Any]:
     """A YAML text's node and value; errors name place(LINE), or the whole where there is no line."""
     try:
         depth = 0
@@ -84,7 +85,7 @@ def read_text(text: str, place: Callable[[int], str], whole: str) -> tuple[yaml.
         return root, loader.construct_document(root) if root else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        hint = "indent with spaces" if "'\\t'" in error.problem else "compare with `git diff`"
+        hint = "indent with spaces" if "'\\t'" in (error.problem or "") else "compare with `git diff`"
         raise UserError(f"{place(mark.line + 1)}: not valid YAML: {error.problem}: {hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{whole}: not valid YAML: {one_line(error)}: compare with `git diff`") from None

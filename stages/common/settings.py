@@ -177,7 +177,7 @@ class Settings(Group):
 def fields_of(group: type[Group], prefix: str = "") -> dict[str, tuple[Any, str]]:
     """The type of each setting of a group, and what it is."""
     hints = get_type_hints(group, include_extras=True)
-    return {f"{prefix}{name}": (hints[name], field.description) for name, field in group.model_fields.items()}
+    return {f"{prefix}{name}": (hints[name], field.description or "") for name, field in group.model_fields.items()}
 
 
 GROUPS = {

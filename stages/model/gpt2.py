@@ -6,6 +6,7 @@ the same weights; a test holds the two against each other.
 """
 
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError
 from stages.common.hub import is_local
@@ -96,7 +97,7 @@ def block_size_of(config: GPT2Config) -> int:
     return getattr(config, "block_size", config.n_positions)
 
 
-def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHeadModel:
+def load_model(folder: Any, config: Any = None, **options: Any) -> GPT2LMHeadModel:
     """A GPT-2 folder, or with its config a Hugging Face id, in float32.
 
     Raises:
@@ -108,9 +109,9 @@ def load_model(folder, config: GPT2Config | None = None, **options) -> GPT2LMHea
         config = config or AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.model_type != "gpt2":
             raise ValueError(f"a {config.model_type} model, not gpt2")
-        model, report = GPT2LMHeadModel.from_pretrained(
-            folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
+        options |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = GPT2LMHeadModel.from_pretrained(folder, config=config, **options)
+        model, report = loaded
     except Exception as error:  # safetensors, transformers and json each raise their own
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no working GPT-2 ({why}): make or fetch it again") from None
@@ -152,7 +153,8 @@ class Cache:
     """The keys and values of the tokens that a model has seen, so that the next one needs no second look at them."""
 
     def __init__(self, model: GPT2LMHeadModel):
-        self.layers, self.length = [None] * model.config.n_layer, 0
+        self.layers: list[Any] = [None] * model.config.n_layer
+        self.length = 0
 
     def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, (B, n_head, length, n_embd / n_head) each, the new ones at the end."""

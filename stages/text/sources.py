@@ -148,13 +148,13 @@ def read_documents(file: SourceFile, settings, advance: Callable[[int], object])
             raise UserError(f"{file.path}: broken {what}: {one_line(error)}: get it again") from None
 
 
-def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO | io.BufferedIOBase:
     if compression is None:
         return raw
     return lzma.open(raw) if compression == "xz" else io.BufferedReader(pa.CompressedInputStream(raw, compression))
 
 
-def read_txt(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+def read_txt(stream: BinaryIO, path: str, settings) -> Iterator[bytes | bytearray]:
     marker = settings.separator.encode()
     chunks = checked_chunks(stream, path)
     if settings.document == "separator":
@@ -185,7 +185,7 @@ def not_utf8(path: str, offset: int) -> UserError:
     return UserError(f"{path}: not UTF-8 at byte offset {offset:,}: convert the file to UTF-8")
 
 
-def split_at_lines(chunks: Iterator[bytes], document: str) -> Iterator[bytes]:
+def split_at_lines(chunks: Iterator[bytes], document: str) -> Iterator[bytes | bytearray]:
     """Documents between blank lines, lines, or the whole text. But for the last, they end before their last line end.
 
     A chunk is searched up to its last visible character: what stands between documents is white space.
@@ -213,7 +213,7 @@ def split_at_lines(chunks: Iterator[bytes], document: str) -> Iterator[bytes]:
     yield current
 
 
-def split_at_marker(chunks: Iterator[bytes], marker: bytes) -> Iterator[bytes]:
+def split_at_marker(chunks: Iterator[bytes], marker: bytes) -> Iterator[bytes | bytearray]:
     """Documents between markers; line ends around a marker belong to none."""
     current, tail = bytearray(), b""
     for chunk in chunks:

@@ -382,7 +382,7 @@ def has_safe_cuts(state: dict) -> bool:
     return (
         state["normalizer"] in (None, {"type": "NFKC"})
         and split["type"] == "ByteLevel"
-        and split["use_regex"]
+        and bool(split["use_regex"])
         and not split["add_prefix_space"]
         and all(token["special"] for token in state["added_tokens"])
     )

@@ -8,7 +8,7 @@ from stages.common.errors import UserError
 from stages.model import gpt2
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from transformers import GPT2LMHeadModel
@@ -27,9 +27,11 @@ class BestWeights(Callback):
     kept = ("loss", "step", "weights", "validated_step", "tokens", "first_batch", "first_loss")
 
     def __init__(self):
-        self.loss, self.step, self.weights = math.inf, None, None
+        self.loss: float = math.inf
+        self.step, self.weights = None, None
         self.validated_step, self.tokens = None, 0
-        self.first_batch = self.first_loss = None
+        self.first_batch: Any = None
+        self.first_loss: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.kept}
@@ -41,7 +43,7 @@ class BestWeights(Callback):
         if batch_idx == 0 and not trainer.sanity_checking:
             self.seen = batch.to("cpu", copy=True), float(outputs.double().mean())
 
-    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
         module.finish_validation()
         if trainer.sanity_checking:
             return

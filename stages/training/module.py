@@ -17,6 +17,9 @@ from torch import Tensor
 class LanguageModel(pl.LightningModule):
     """A GPT-2 and how its loss is computed and its weights are updated."""
 
+    valid_loss: float
+    valid_tokens: int
+
     def __init__(self, model, settings):
         super().__init__()
         self.model = model
@@ -107,7 +110,7 @@ class LanguageModel(pl.LightningModule):
             # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
             trained = [p for p in self.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-            if not norm <= gradient_clip_val:
+            if gradient_clip_val and not norm <= gradient_clip_val:
                 torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
