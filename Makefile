@@ -27,7 +27,7 @@ test: .venv/installed-dev
 	python -m pytest -q -n 2
 
 bench: .venv/installed-dev
-	python -m benchmarks.run all
+	python -m benchmarks.run $(if $(QUICK),quick,all)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11" >&2; exit 1; }

@@ -15,8 +15,10 @@ from stages import train_tokenizer
 from stages.common.settings import load
 from stages.model import gpt2, ops, scoring
 from stages.model.optimizers import lr_factor
+from stages.model.sampling import continuation
 from stages.text.corpus import Documents
 from stages.text.streams import load_split, write_blocks
+from stages.text.tokenizers import load_tokenizer
 from stages.training.module import LanguageModel
 from stages.training.trainer import quiet_libraries
 
@@ -27,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+GENERATED = 64
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -81,8 +84,11 @@ def own_step(settings) -> None:
     torch.use_deterministic_algorithms(bool(settings.trainer.deterministic))
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0)
-    settings.optimizer.num_training_steps = 100_000
+    settings = settings.model_copy(
+        update={"optimizer": settings.optimizer.model_copy(update={"num_training_steps": 100_000})}
+    )
     module = LanguageModel(model, settings).to(DEVICE)
+    module.loss_is_monitored = False
     parts = module.configure_optimizers()
     step = count()
     take_turns(
@@ -179,10 +185,18 @@ def evaluate_stage(settings) -> None:
             yield next(batches)
 
     scoring.token_losses = in_turns
-    evaluate = settings.evaluate.model_copy(update={"batch_size": settings.optimizer.batch_size})
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0).to(DEVICE).eval()
-    scoring.figures_of(model, split, evaluate, 0)
+    how = settings.evaluate.model_copy(update={"batch_size": settings.optimizer.batch_size})
+    scoring.figures_of(model, split, how, 0)
+
+
+def generate_samples(settings) -> None:
+    """A step adds up to GENERATED tokens to a prompt, as the evaluate stage does, by a model with random weights."""
+    tokenizer = load_tokenizer("models/tokenizer")
+    model = gpt2.new_model(settings.model, load_split("train").vocab_size, -1).to(DEVICE).eval()
+    how = settings.generate.model_copy(update={"max_new_tokens": GENERATED})
+    take_turns(continuation(model, tokenizer, "In the beginning", how, seed) for seed in count())
 
 
 @torch.inference_mode()
@@ -278,6 +292,7 @@ CONTENDERS = {
     "compact_compiled": lambda settings: take_turns(compact_loop(settings, compiled=True)),
     "plain_curve": plain_curve,
     "evaluate_stage": evaluate_stage,
+    "generate_samples": generate_samples,
     "forward_eager": lambda settings: forward_loop(settings, compiled=False),
     "forward_compiled": lambda settings: forward_loop(settings, compiled=True),
     "tokenize_stage": tokenize_stage,

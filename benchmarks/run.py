@@ -110,10 +110,14 @@ def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
     utilisation = statistics.median(ratios([v * flops for v in own], peaks["matrix_product"]))
     bar = 0.7 if params["trainer"]["precision"] == "bf16-mixed" or C < 384 else 0.95
     bar = 0.5 if CUDA else bar
+    others = {"transformers_trainer": ("transformers.Trainer", 1.2), "own_step": ("its own step in a bare loop", 0.97)}
     bars = [
         [f"train stage / fastest peer ({fastest.replace('_', ' ')})", median_ratio(own, peers[fastest]), 1.0],
-        ["train stage / transformers.Trainer", median_ratio(own, tokens["transformers_trainer"]), 1.2],
-        ["train stage / its own step in a bare loop", median_ratio(own, tokens["own_step"]), 0.97],
+        *(
+            [f"train stage / {words}", median_ratio(own, tokens[name]), least]
+            for name, (words, least) in others.items()
+            if name in tokens
+        ),
         [
             f"utilisation ({'bf16' if 'bf16' in params['trainer']['precision'] else 'fp32'} torch.matmul)",
             utilisation,
@@ -337,6 +341,14 @@ def growth(megabytes: list[int] = [4, 16, 64, 256]) -> None:  # noqa: B006
     record("Growth", command, f"Seconds and peak memory of one run of each stage.\n\n{table(columns, rows)}")
 
 
+def quick() -> None:
+    """Two shapes in short turns, printed and not written into the results."""
+    global RESULTS
+    RESULTS = None
+    training(["default", "byte"], rounds=3, seconds=1)
+    evaluation(["default"], rounds=3, seconds=1)
+
+
 def all_sections(rounds: int = 5) -> None:
     """Every section.
 
@@ -478,24 +490,28 @@ def bars_table(bars: list[list]) -> str:
 
 
 def machine() -> str:
-    cpu = (
-        re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
     device = torch.cuda.get_device_name() if CUDA else "no GPU"
     return (
-        f"{cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {device}; "
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {device}; "
         f"torch {torch.__version__} ({torch.get_num_threads()} threads), transformers {transformers.__version__}, "
         f"Python {platform.python_version()}"
     )
 
 
+def processor() -> str:
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+
+
 def record(title: str, command: str, body: str) -> None:
-    """Prints a section and puts it into the results in place of the section of the same title."""
+    """Prints a section and puts it into the results in place of the section of the same title and processor."""
+    title = f"{title}: {torch.cuda.get_device_name() if CUDA else processor()}"
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     section = f"## {title}\n\n`{command}`\n\n{machine()}; commit {commit}\n\n{body}\n"
     print(f"\n{section}", flush=True)
+    if RESULTS is None:
+        return
     text = RESULTS.read_text() if RESULTS.exists() else HEAD
     head, *sections = re.split(r"^(?=## )", text, flags=re.M)
     sections = [s.rstrip() + "\n" for s in sections]
@@ -531,6 +547,7 @@ if __name__ == "__main__":
     auto_cli(
         {
             "all": all_sections,
+            "quick": quick,
             "training": training,
             "quality": quality,
             "evaluation": evaluation,

@@ -8,12 +8,14 @@ start-up and compiling lie before its first measured turn.
 import json
 import os
 import pty
+import re
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 from stages.watch.progress import Live
@@ -92,6 +94,10 @@ class TakesTurns(pl.Callback):
         self.turns.resume()
 
 
+class Failed(Exception):
+    """A contender has ended; the text is one line that says why."""
+
+
 class Contender:
     """The parent's side: a process with a terminal of its own, as a user's would have."""
 
@@ -118,7 +124,8 @@ class Contender:
             os.close(number)
         self.to_it, self.from_it = os.fdopen(to_it, "w"), os.fdopen(from_it)
         self.output = deque(maxlen=50)
-        threading.Thread(target=self.drain, args=(terminal,), daemon=True).start()
+        self.drained = threading.Thread(target=self.drain, args=(terminal,), daemon=True)
+        self.drained.start()
 
     def drain(self, terminal: int) -> None:
         with open(terminal, "rb", buffering=0) as stream:
@@ -130,18 +137,24 @@ class Contender:
 
     def turn(self, seconds: float, least_steps: int = 1) -> dict[str, float]:
         """How many steps one turn had, its seconds, and when (perf_counter) it started."""
-        print(json.dumps([seconds, least_steps]), file=self.to_it, flush=True)
-        line = self.from_it.readline()
+        try:
+            print(json.dumps([seconds, least_steps]), file=self.to_it, flush=True)
+            line = self.from_it.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             self.process.wait()
-            output = b"".join(self.output).decode(errors="replace")[-3000:]
-            raise RuntimeError(f"{self.name} ended with status {self.process.returncode}:\n{output}")
+            self.drained.join()
+            said = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(self.output).decode(errors="replace")).split("\n")
+            why = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
+            raise Failed(f"{self.name} failed with status {self.process.returncode}: {why[:300]}")
         return json.loads(line)
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.to_it.close()
+        with suppress(BrokenPipeError):
+            self.to_it.close()
         self.from_it.close()
 
 
@@ -167,13 +180,27 @@ def interleave(
     """Steps per second of every contender in every round, after a turn each to warm up.
 
     A turn in which other processes of the machine computed too is done again, up to TRIES times;
-    then the least disturbed one counts. The second value says how much they computed.
+    then the least disturbed one counts. The second value says how much they computed, and which
+    contenders failed before their first turn and are left out.
+
+    Raises:
+        SystemExit: the first contender failed, or another one in its turn.
     """
+    started_ones, failures = contenders, []
     try:
-        for contender in contenders:
+        contenders = []
+        for contender in started_ones:
             started = time.monotonic()
-            contender.turn(0.5, warm_up_steps)
+            try:
+                contender.turn(0.5, warm_up_steps)
+            except Failed as failure:
+                print(f"  {failure}", flush=True)
+                failures.append(str(failure))
+                continue
+            contenders.append(contender)
             print(f"  {contender.name}: warm after {time.monotonic() - started:.0f} s", flush=True)
+        if contenders[:1] != started_ones[:1]:
+            sys.exit(f"error: {failures[0]}")
         rates = {contender.name: [] for contender in contenders}
         disturbances, repeated = [], 0
         for _ in range(rounds):
@@ -186,7 +213,10 @@ def interleave(
                 disturbances.append(disturbance)
                 repeated += len(tries) - 1
         share = f"{100 * statistics.mean(disturbances):.0f}% on average, {100 * max(disturbances):.0f}% at most"
-        return rates, f"Other processes' share of the CPU during a turn: {share}; {repeated} turns were repeated."
+        note = f"Other processes' share of the CPU during a turn: {share}; {repeated} turns were repeated."
+        return rates, "\n\n".join([note, *(f"Left out: {failure}" for failure in failures)])
+    except Failed as failure:
+        sys.exit(f"error: {failure}")
     finally:
-        for contender in contenders:
+        for contender in started_ones:
             contender.end()
