@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
+from stages.common.memory import check_memory
 from stages.common.paths import TOKENIZER
 from stages.common.settings import load
 from stages.text.corpus import Documents
@@ -25,6 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
 # Trainers keep every different word, in some 100 bytes for each of its own.
 DISTINCT_BYTES = 1 << 23
+ENTRY_BYTES = 100  # of a tokenizer's vocabulary while it is trained
 RUN_LENGTH = 128
 # After a word where there is one; in an endless one anywhere.
 CUT = re.compile(r"\S(?=\s)|\S{1024}|\s{1024}")
@@ -50,6 +52,7 @@ def train(text: Documents, settings) -> Tokenizer:
     the vocabulary, so every text can be encoded and decoding gives its exact bytes, or with
     normalization those of the normalized text
     (https://github.com/openai/gpt-2, bytes_to_unicode in src/encoder.py)."""
+    check_memory(settings.vocab_size * ENTRY_BYTES, f"tokenizer.vocab_size: {settings.vocab_size:,} entries: lower it")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     normalizer = normalizers.NFKC() if settings.normalization else None

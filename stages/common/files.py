@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from stages.common.errors import UserError
 
 
 @contextmanager
@@ -20,8 +23,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if re.search(r"os error (28|122)\b", str(error)):  # tokenizers and safetensors have no other sign of it
+                raise UserError(f"{target}: the disk is full: free some space, then `dvc repro` again") from None
             raise
         for file in temporary.rglob("*"):
             if file.is_file():

@@ -185,9 +185,18 @@ GROUPS = {
 }
 # Trainer arguments that the train stage itself sees to, beside those in the runtime group.
 NOT_TRAINER_SETTINGS = (
-    "logger enable_checkpointing enable_model_summary default_root_dir use_distributed_sampler "
+    "enable_checkpointing enable_model_summary default_root_dir use_distributed_sampler "
     "reload_dataloaders_every_n_epochs barebones model_registry enable_autolog_hparams"
 ).split()
+# Names that the old scripts and Lightning 1 had, in whatever group they stand.
+OLD_NAMES = {
+    "gpus": "is trainer.devices now, with trainer.accelerator: gpu",
+    "auto_lr_find": "not needed any more, because docs/settings.md has rates to start from and "
+    "`dvc exp run -S optimizer.lr=...` tries others: remove it",
+    "checkpoint_callback": "not needed any more, because the best weights are always kept: remove it",
+    "prefetch_factor": "not needed any more, because blocks are mapped into memory: remove it",
+    "shuffle_buffer_size": "not needed any more, because all blocks of an epoch are shuffled: remove it",
+}
 
 
 @cache
@@ -346,6 +355,8 @@ def explain_unknown(key: str, place: str) -> str:
         return f"{place}: stands in the runtime group here: move it to runtime.{leaf}"
     if key == f"trainer.{leaf}" and leaf in NOT_TRAINER_SETTINGS:
         return f"{place}: the train stage itself sees to it: remove it"
+    if leaf in OLD_NAMES:
+        return f"{place}: {OLD_NAMES[leaf]}"
     known = [*GROUPS, "trainer", *known_settings()]
     close = [name for name in known if name.split(".")[-1] == leaf] or difflib.get_close_matches(key, known, n=1)
     return f"{place}: no such setting: " + (f"did you mean {close[0]}?" if close else "docs/settings.md lists them")
@@ -408,6 +419,10 @@ def check_combinations(settings: Settings, given: dict[str, tuple[str, str]]) ->
         f"optimizer.num_warmup_steps: {warmup} leaves no step after the warm-up: lower it below "
         f"optimizer.num_training_steps {total}": total is not None and warmup >= total,
         "trainer.max_epochs: no end of training: set it, trainer.max_steps or trainer.max_time": endless,
+        "trainer.fast_dev_run: would leave no model: set trainer.max_steps to a small number": trainer.fast_dev_run,
+        "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": isinstance(
+            trainer.logger, bool
+        ),
         "trainer.max_epochs: 0 trains nothing: raise it": trainer.max_epochs == 0,
         "trainer.max_steps: 0 trains nothing: raise it": trainer.max_steps == 0,
         "trainer.limit_train_batches: 0 trains nothing: raise it": trainer.limit_train_batches == 0,

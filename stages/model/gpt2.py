@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.common.errors import UserError
 from stages.common.hub import is_local
+from stages.common.memory import check_memory
 from stages.model import ops
 from stages.text.tokenizers import TextTokenizer, encodes_alike, existing
 
@@ -26,6 +27,7 @@ transformers.logging.disable_progress_bar()
 
 # Up to so many tokens of bf16 on a CPU, products of whole matrices beat PyTorch's flash attention by three.
 WHOLE_ATTENTION = 512
+LAYER_BYTES = 100_000  # the objects of a layer, beside its weights
 
 
 def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
@@ -46,10 +48,16 @@ def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
     )
+    C, layers = config.n_embd, config.n_layer
+    parameters = (vocab_size + config.n_positions) * C + layers * (12 * C * C + 13 * C)
+    check_memory(
+        4 * parameters + layers * LAYER_BYTES,
+        f"model: one of {parameters:,} parameters: lower model.n_layer, model.n_embd or tokenizer.vocab_size",
+    )
     try:
         return GPT2LMHeadModel(config)
     except (RuntimeError, MemoryError):
-        raise UserError("model: no memory for one of this size: lower model.n_embd or tokenizer.vocab_size") from None
+        raise UserError(f"model: no memory for {parameters:,} parameters: lower model.n_layer or n_embd") from None
 
 
 def pretrained_model(settings, tokenizer: TextTokenizer) -> GPT2LMHeadModel:

@@ -201,6 +201,11 @@ TOKENIZER = {
         ["tokenizer.vocab_size=256"],
         r"params\.yaml:\d+: tokenizer\.vocab_size: 256 is below the byte alphabet: at least 257",
     ),
+    "vocabulary without end": (
+        "train_tokenizer",
+        ["tokenizer.vocab_size=4294967295"],
+        r"tokenizer\.vocab_size: 4,294,967,295 entries would need about 429 GB, this machine has \d+: lower it",
+    ),
     "tokenizer folder is missing": (
         "train_tokenizer",
         ["tokenizer.tokenizer_model=./none"],
@@ -263,7 +268,16 @@ MODEL = {
         ["model.n_head=3"],
         r"params\.yaml:\d+: model\.n_embd: 16 is not divisible by model\.n_head 3",
     ),
-    "model without end": ("train", ["model.n_embd=1000000000000000"], r"model: no memory for one of this size"),
+    "model without end": (
+        "train",
+        ["model.n_embd=1000000000000000"],
+        r"model: one of [\d,]+ parameters would need about",
+    ),
+    "layers without end": (
+        "train",
+        ["model.n_layer=1000000000"],
+        r"model: one of [\d,]+ parameters would need about [\d,]+ GB, this machine has \d+: lower model\.n_layer",
+    ),
     "blocks of another tokenizer": (
         "train",
         [other_tokenizer("models/tokenizer")],
@@ -473,6 +487,22 @@ SETTINGS = {
     "params.yaml is missing": ([remove("params.yaml")], r"params\.yaml: No such file or directory: `git checkout"),
     "option": (["--model.n_layer", "x"], r"--model\.n_layer: got x, must be a whole number of 1 or more"),
     "unknown option": (["--model.n_layr=3"], r"--model\.n_layr: no such setting: did you mean model\.n_layer\?"),
+    **{
+        f"old name {name}": ([f"{group}.{name}=1"], rf"params\.yaml:\d+: {group}\.{name}: {text}")
+        for group, name, text in (
+            ("trainer", "gpus", "is trainer.devices now"),
+            ("trainer", "auto_lr_find", "not needed any more, because"),
+            ("trainer", "checkpoint_callback", "not needed any more, because"),
+            ("data", "prefetch_factor", "not needed any more, because"),
+            ("data", "shuffle_buffer_size", "not needed any more, because"),
+            ("data", "logger", "no such setting: did you mean trainer.logger"),
+        )
+    },
+    "logger that is none": (
+        ["trainer.logger=true"],
+        r"trainer\.logger: TensorBoard and DVCLive are always there: name",
+    ),
+    "run that keeps nothing": (["trainer.fast_dev_run=true"], r"trainer\.fast_dev_run: would leave no model: set"),
     "abbreviated option": (["--seed", "3"], r"--seed: no such setting"),
     "word": (["fast"], r"fast: not a setting: write --NAME VALUE"),
     "option without a value": (["--model.n_layer"], r"--model\.n_layer: needs one value"),
