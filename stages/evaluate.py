@@ -5,6 +5,7 @@ the text that the settings name, and prints the figures without writing a file. 
 figures stand in stages/model/scoring.py.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from stages.text.tokenizers import load_tokenizer
 
 import pandas as pd
 import torch
+import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
@@ -97,11 +99,16 @@ def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:
 
 
 def remove_checkpoints() -> None:
-    """Deletes the checkpoints of the finished training: DVC recorded its stage before it started this one."""
+    """Deletes the checkpoints of the finished training, once DVC has recorded what it made."""
     try:
-        run = json.loads((METRICS / "run.json").read_text())["run"]
+        figures = (METRICS / "run.json").read_bytes()
+        outs = yaml.safe_load(Path("dvc.lock").read_text())["stages"]["train"]["outs"]
+        recorded = {out["path"]: out["md5"] for out in outs}[f"{METRICS}/run.json"]
+        run = json.loads(figures)["run"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # the model came from DVC's cache
+        return  # not run by DVC yet, or the model came from its cache
+    if hashlib.md5(figures).hexdigest() != recorded:
+        return
     for finished in CHECKPOINTS.glob("*/final.ckpt"):
         if finished.parent.name == run:
             shutil.rmtree(finished.parent)

@@ -17,7 +17,7 @@ from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
 from stages.training.best import BestWeights
-from stages.training.checkpoints import Checkpoints, Interrupted, training_lock
+from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, training_lock
 from stages.training.data import Blocks
 from stages.training.history import History
 from stages.training.identity import run_identity
@@ -67,6 +67,7 @@ def main() -> None:
             model_card(settings, model.num_parameters(), train, valid, checkpoints).save(folder / "README.md")
             best.check(trainer, folder)
         history.write(METRICS)
+        remove_older_finished(checkpoints.folder)
         figures = write_run_figures(trainer, checkpoints, history)
         print_summary(checkpoints, valid, figures, trainer.loggers[0].log_dir)
     trainer.strategy.barrier("exported")

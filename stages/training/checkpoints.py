@@ -282,3 +282,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(tuple(state["numpy"]))
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def remove_older_finished(run: Path) -> None:
+    """Deletes the checkpoints of other finished runs: this one's model has taken their models' place."""
+    for final in CHECKPOINTS.glob("*/final.ckpt"):
+        if final.parent != run:
+            for file in [*final.parent.glob("step-*.ckpt"), final]:
+                file.unlink()
+            if not any(final.parent.iterdir()):
+                final.parent.rmdir()
