@@ -45,3 +45,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error.filename or 'writing output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BaseException as error:
+        # A regular expression that never ends, for one; Rust has said on standard error where.
+        if type(error).__name__ != "PanicException":
+            raise
+        sys.exit(
+            f"error: the tokenizer gave up on this text ({one_line(error)}): set another tokenizer.tokenizer_model"
+        )

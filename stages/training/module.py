@@ -1,8 +1,10 @@
 """A GPT-2 as Lightning trains it: its loss, its validation, its optimizer."""
 
 import math
+import sys
 
 from stages.common.errors import UserError
+from stages.common.settings import Optimizer
 from stages.model import gpt2
 from stages.model.optimizers import lr_factor, make_optimizer
 from stages.training import lightning_internals as internals
@@ -12,6 +14,20 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
+
+
+def with_room_after_warmup(settings: Optimizer, total: float, say: bool) -> Optimizer:
+    """The optimizer group; its warm-up is a tenth of a training that would end before it does."""
+    if settings.num_warmup_steps < total:
+        return settings
+    steps = int(total) // 10
+    if say:
+        print(
+            f"note: optimizer.num_warmup_steps: {settings.num_warmup_steps} leaves nothing of {total} training steps: "
+            f"it takes {steps}",
+            file=sys.stderr,
+        )
+    return settings.model_copy(update={"num_warmup_steps": steps})
 
 
 class LanguageModel(pl.LightningModule):
@@ -72,7 +88,8 @@ class LanguageModel(pl.LightningModule):
         self.log_dict(valid_metrics(self.valid_loss), sync_dist=True, logger=False)
 
     def configure_optimizers(self) -> dict:
-        settings, total = self.settings.optimizer, self.training_steps()
+        total = self.training_steps()
+        settings = with_room_after_warmup(self.settings.optimizer, total, say=self.trainer.is_global_zero)
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         matrices = [p for name, p in trained if name in self.matrix_names]
         vectors = [p for name, p in trained if name not in self.matrix_names]
@@ -88,14 +105,10 @@ class LanguageModel(pl.LightningModule):
         """Optimizer steps of the learning rate's schedule.
 
         Raises:
-            UserError: the schedule has no end, or the warm-up leaves nothing of it.
+            UserError: the schedule has no end.
         """
         settings = self.settings.optimizer
         total = settings.num_training_steps or internals.planned_steps(self.trainer)
-        if settings.num_warmup_steps >= total:
-            raise UserError(
-                f"optimizer.num_warmup_steps: {settings.num_warmup_steps} of {total} training steps: lower it"
-            )
         if math.isinf(total) and settings.schedule != "constant":
             raise UserError(
                 f"optimizer.num_training_steps: null, but {settings.schedule} needs to know where training ends"

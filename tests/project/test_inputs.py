@@ -529,7 +529,6 @@ TRAINER = {
         r"trainer\.val_check_interval: 1000 is more than the \d+ batches of an epoch: lower it",
     ),
     "batch that devices can't share": (["trainer.devices=3"], r"optimizer\.batch_size: 4 can't be shared evenly"),
-    "warm-up longer than training": (["optimizer.num_warmup_steps=100000"], r"optimizer\.num_warmup_steps: 100000 of"),
     "callback that is not there": ([callback("nope.Nope")], r"trainer\.callbacks: got .*No module named 'nope'"),
     "callback without a path": (
         [callback("Nope")],

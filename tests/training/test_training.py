@@ -188,6 +188,16 @@ def test_fine_tuning_starts_from_the_folder(files, built):
     assert GPT2Config.from_pretrained(files / "models/gpt2").n_layer == 2
 
 
+def test_a_warm_up_that_is_longer_than_the_training_is_a_tenth_of_it(files):
+    seen = train(
+        files, "--trainer.max_steps", "20", "--optimizer.num_warmup_steps", "50", "--optimizer.batch_size", "4"
+    )
+    assert seen.rates[:2] == [pytest.approx(seen.rates[2] / 2), pytest.approx(seen.rates[2])]
+    assert len(seen.rates) == 20 and seen.rates[-1] < seen.rates[2]
+    _, _, err = run_stage(files, "train", "--trainer.max_steps", "4", "--optimizer.num_warmup_steps", "50")
+    assert "note: optimizer.num_warmup_steps: 50 leaves nothing of 4 training steps: it takes 0\n" in err
+
+
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_checkpoint(files):
     callback = [{"class_path": "probe.Probe", "init_args": {"folder": "seen", "poison": 7}}]
     arguments = ("--trainer.callbacks", json.dumps(callback), "--runtime.checkpoint_every_n_steps", "1")
