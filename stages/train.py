@@ -110,7 +110,7 @@ def fit(trainer, module: LanguageModel, blocks: Blocks, checkpoints: Checkpoints
     try:
         checkpoints.lock = training_lock() if trainer.is_global_zero else None
         resume = checkpoints.newest(trainer)
-        trainer.loggers = make_loggers(identity, resume)
+        trainer.loggers = [*make_loggers(identity, resume), *trainer.loggers]  # and the users'
         if trainer.is_global_zero:
             parameters, tokens = module.model.num_parameters(), len(blocks.train.tokens)
             print(f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens", flush=True)

@@ -22,7 +22,7 @@ def run_identity(settings: Settings, train: Split, valid: Split) -> str:
     """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work."""
     plain = settings.plain()
     decides = {key: plain[key] for key in ("model", "optimizer", "trainer", "seed_everything")}
-    for key in ("devices", "num_nodes", "strategy"):
+    for key in ("devices", "num_nodes", "strategy", "logger"):
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
     decides["versions"] = [library.__version__ for library in (torch, pl, np, transformers)]

@@ -43,7 +43,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
             **arguments,
             callbacks=[first, *users, *last],
             plugins=[*plugins, AtomicCheckpointIO()],
-            logger=False,  # make_loggers has to know the checkpoint
+            logger=arguments.pop("logger") or False,  # make_loggers, which has to know the checkpoint, adds ours
             log_every_n_steps=settings.runtime.log_every_n_steps,
             profiler=settings.runtime.profiler or internals.NoProfiler(),
             num_sanity_val_steps=settings.runtime.num_sanity_val_steps,

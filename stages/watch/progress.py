@@ -52,7 +52,7 @@ class Live(Callback):
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
-            for logger in trainer.loggers[1:]:
+            for logger in (each for each in trainer.loggers if isinstance(each, DVCLiveLogger)):
                 for row in self.history.train:
                     metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
                     log_live(logger.experiment, metrics, row["step"])
@@ -80,9 +80,10 @@ class Live(Callback):
 
     def record(self, trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero:
-            tensorboard, *others = trainer.loggers
-            tensorboard.log_metrics(metrics, trainer.global_step)
-            for logger in others:
+            for logger in trainer.loggers:
+                if not isinstance(logger, DVCLiveLogger):
+                    logger.log_metrics(metrics, trainer.global_step)
+                    continue
                 log_live(logger.experiment, metrics, trainer.global_step)
                 logger.experiment.make_summary()
                 if not (LIVE / "dvc.yaml").exists():

@@ -159,6 +159,8 @@ ANCHOR_BOMB = "bomb:\n  - &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"  - &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
 )
 
+ENDLESS = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$"}, "behavior": "Isolated", "invert": False}
+
 # name: (stage, settings as group.key=value / an edit / command line, what the line says)
 TEXT = {
     "file is missing": ("prepare_corpus", ["data.valid_file=data/none.txt"], r"data/none\.txt: no such file"),
@@ -225,6 +227,11 @@ TOKENIZER = {
         "train_tokenizer",
         [cut("models/gpt2/tokenizer.json", 0.5), "tokenizer.tokenizer_model=models/gpt2"],
         r"tokenizer\.tokenizer_model: 'models/gpt2' holds no working tokenizer",
+    ),
+    "tokenizer whose pattern never ends": (
+        "tokenize_blocks",
+        [json_file("models/tokenizer/tokenizer.json", pre_tokenizer=ENDLESS)],
+        r"the tokenizer gave up on this text \(Onig: .*retry-limit.*\): set another tokenizer\.tokenizer_model",
     ),
     "tokenizer is cut short": (
         "tokenize_blocks",

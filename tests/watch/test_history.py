@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import run, set_params
+from conftest import run, run_stage, set_params
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")
@@ -167,3 +167,15 @@ def test_git_without_a_commit(project):
     assert "note: DVCLive can't follow this training: Empty git repo" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(project.glob("logs/*/events*"))  # TensorBoard has it
+
+
+def test_a_logger_by_class_path_has_what_tensorboard_has(project):
+    logger = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "logs/csv"}}
+    arguments = ["--trainer.logger", json.dumps(logger), "--trainer.max_steps", "6", "--runtime.log_every_n_steps", "2"]
+    shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
+    assert run_stage(project, "train", *arguments)[0] == 0
+    (file,) = project.glob("logs/csv/**/metrics.csv")
+    table = pd.read_csv(file)
+    assert list(table.dropna(subset="loss").step) == [2, 4, 6]
+    assert table.dropna(subset="loss").loss.tolist() == pytest.approx(live(project, "loss").loss.tolist())
+    assert len(table.dropna(subset="valid_loss")) > 0
