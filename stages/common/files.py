@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, one_line
 
 
 @contextmanager
@@ -25,8 +25,10 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             yield temporary
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if re.search(r"os error (28|122)\b", str(error)):  # tokenizers and safetensors have no other sign of it
-                raise UserError(f"{target}: the disk is full: free some space, then `dvc repro` again") from None
+            # tokenizers and safetensors have no other sign of a full disk, a quota or a limit.
+            if re.search(r"os error (27|28|122)\b", str(error)):
+                why = f"{target}: can't be written ({one_line(error)})"
+                raise UserError(f"{why}: free some disk space, then `dvc repro` goes on") from None
             raise
         for file in temporary.rglob("*"):
             if file.is_file():
