@@ -7,6 +7,7 @@ checks the whole file, so that a slip in a late stage's group stops the first on
 import difflib
 import re
 from collections.abc import Iterable
+from enum import Enum
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -170,8 +171,18 @@ class Settings(Group):
 
     def plain(self) -> dict[str, Any]:
         """Every setting as YAML and JSON can hold it."""
-        trainer = yaml.safe_load(trainer_parser().dump(Namespace(trainer=self.trainer), skip_unset=False))
-        return self.model_dump(exclude={"options"}) | trainer
+        return self.model_dump(exclude={"options"}) | {"trainer": plain(self.trainer)}
+
+
+def plain(value: Any) -> Any:
+    """A value of the trainer group as YAML and JSON can hold it."""
+    if isinstance(value, Namespace | dict):
+        return {name: plain(part) for name, part in (value.items() if isinstance(value, dict) else vars(value).items())}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, Enum):
+        return plain(value.value)
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def fields_of(group: type[Group], prefix: str = "") -> dict[str, tuple[Any, str]]:

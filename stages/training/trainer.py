@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import warnings
+from typing import Any
 
 from stages.common.errors import UserError, first_reason
 from stages.common.settings import Settings, trainer_parser
@@ -16,8 +17,15 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-# Lightning's callbacks that can't keep the promises (docs/reliability.md), and what to set instead.
+# Lightning's callbacks and plugins that can't keep the promises (docs/reliability.md), and what to set instead.
 REFUSED = {
+    "LearningRateFinder": "the rate is optimizer.lr: `dvc exp run -S optimizer.lr=...` tries others",
+    "BatchSizeFinder": "the batch is optimizer.batch_size: `dvc exp run -S optimizer.batch_size=...` tries others",
+    "ModelPruning": "its masks are no part of a GPT-2, so no weight of the exported model would be gone: remove it",
+    "BaseFinetuning": "GPT-2 has no backbone apart from its head, and all of it is trained: remove it",
+    "OnExceptionCheckpoint": "a stopped training has its own checkpoint: set runtime.checkpoint_every_n_minutes",
+    "SpikeDetection": "it can't go on in a resumed run: set EarlyStopping's divergence_threshold",
+    "CheckpointIO": "the train stage writes checkpoints itself, whole or not at all: remove it",
     "StochasticWeightAveraging": "its average is never validated and lost in a resumed run: use EMAWeightAveraging",
 }
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
@@ -30,15 +38,16 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         settings: of the train stage.
         first, last: callbacks of our own, before and after the users'.
     Raises:
-        UserError: what Lightning, a callback or `check_callbacks` refuses.
+        UserError: what Lightning, a callback or `check_refused` refuses.
     """
     try:
         arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
         users = arguments.pop("callbacks") or []
         users = users if isinstance(users, list) else [users]
-        check_callbacks(users)
         plugins = arguments.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
+        check_refused("callbacks", users)
+        check_refused("plugins", plugins)
         return pl.Trainer(
             **arguments,
             callbacks=[first, *users, *last],
@@ -57,18 +66,16 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
 
 
-def check_callbacks(callbacks: list[Callback]) -> None:
-    """Raises UserError for a callback that can't keep the promises, or watches a figure that isn't there."""
-    for callback in callbacks:
-        for kind in type(callback).__mro__:
+def check_refused(key: str, users: list[Any]) -> None:
+    """Raises UserError for a callback or plugin that can't keep the promises, or watches a figure that isn't there."""
+    for user in users:
+        name = type(user).__name__
+        for kind in type(user).__mro__:
             if kind.__name__ in REFUSED:
-                raise UserError(f"trainer.callbacks: {kind.__name__}: {REFUSED[kind.__name__]}")
-        monitor = getattr(callback, "monitor", None)
+                raise UserError(f"trainer.{key}: {name}: {REFUSED[kind.__name__]}")
+        monitor = getattr(user, "monitor", None)
         if monitor is not None and monitor not in METRIC_NAMES:
-            raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}: "
-                f"the metrics are {', '.join(METRIC_NAMES)}"
-            )
+            raise UserError(f"trainer.{key}: {name} monitors {monitor!r}: the metrics are {', '.join(METRIC_NAMES)}")
 
 
 def check_processes(trainer: pl.Trainer, settings) -> None:

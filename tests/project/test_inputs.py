@@ -557,6 +557,21 @@ TRAINER = {
         [callback(f"{LIGHTNING}.EarlyStopping", monitor="valid_loss", mode="up")],
         r"trainer: `mode` can be min, max, got up",
     ),
+    **{
+        f"refused: {name}": ([callback(f"{LIGHTNING}.{name}", **arguments)], rf"trainer\.callbacks: {name}: {text}")
+        for name, arguments, text in (
+            ("LearningRateFinder", {}, r"the rate is optimizer\.lr"),
+            ("BatchSizeFinder", {}, r"the batch is optimizer\.batch_size"),
+            ("ModelPruning", {"pruning_fn": "l1_unstructured"}, "its masks are no part of a GPT-2"),
+            ("BackboneFinetuning", {}, "GPT-2 has no backbone"),
+            ("SpikeDetection", {}, "it can't go on in a resumed run"),
+            ("OnExceptionCheckpoint", {"dirpath": "logs"}, "a stopped training has its own checkpoint"),
+        )
+    },
+    "refused: AsyncCheckpointIO": (
+        ['trainer.plugins=[{"class_path": "pytorch_lightning.plugins.io.AsyncCheckpointIO"}]'],
+        r"trainer\.plugins: AsyncCheckpointIO: the train stage writes checkpoints itself",
+    ),
     "metric that is not logged": (
         [callback(f"{LIGHTNING}.EarlyStopping", monitor="val_loss")],
         r"trainer\.callbacks: EarlyStopping monitors 'val_loss': the metrics are loss, valid_loss, valid_ppl",
