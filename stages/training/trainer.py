@@ -44,7 +44,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
         users = arguments.pop("callbacks") or []
         users = users if isinstance(users, list) else [users]
-        plugins = arguments.pop("plugins") or []
+        loggers, plugins = arguments.pop("logger"), arguments.pop("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         check_refused("callbacks", users)
         check_refused("plugins", plugins)
@@ -52,7 +52,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
             **arguments,
             callbacks=[first, *users, *last],
             plugins=[*plugins, AtomicCheckpointIO()],
-            logger=arguments.pop("logger") or False,  # make_loggers, which has to know the checkpoint, adds ours
+            logger=loggers or False,  # make_loggers, which has to know the checkpoint, adds ours
             log_every_n_steps=settings.runtime.log_every_n_steps,
             profiler=settings.runtime.profiler or internals.NoProfiler(),
             num_sanity_val_steps=settings.runtime.num_sanity_val_steps,
