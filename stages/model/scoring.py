@@ -79,7 +79,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
     predicted = len(split.tokens) - 1
     figures = {
         "loss": total / predicted,
-        "ppl": math.exp(total / predicted),
+        "ppl": math.exp(min(total / predicted, 700.0)),
         "bits_per_byte": total / math.log(2) / split.bytes,
         "word_ppl": math.exp(min(total / max(split.words, 1), 700.0)),
         "tokens": predicted,
