@@ -64,7 +64,7 @@ def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]
     from stages.common.errors import run as run_main
 
     main = importlib.import_module(name if "." in name else f"stages.{name}").main
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     out, err, status = io.StringIO(), io.StringIO(), 0
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -145,18 +145,23 @@ def sample_lines(start: int, count: int) -> str:
     return "\n\n".join("\n".join(lines[i : i + 12]) for i in range(0, len(lines), 12)) + "\n"
 
 
+def small_project(target: Path, *settings: str) -> Path:
+    """A committed project with small text and a small model, not yet run."""
+    copy_checkout(target)
+    for split, start, count in (("train", 0, 120), ("valid", 5000, 24), ("test", 9000, 24)):
+        (target / "data" / f"{split}.txt").write_text(sample_lines(start, count))
+        set_params(target, f"data.{split}_file=data/{split}.txt")
+    set_params(target, *SMALL, *settings)
+    (target / "dvc.lock").unlink(missing_ok=True)
+    run("git", "add", "-A", cwd=target)
+    run("git", "commit", "-qm", "small", cwd=target)
+    return target
+
+
 @pytest.fixture(scope="session")
 def template(tmp_path_factory) -> Path:
     """A project with small text, not yet run."""
-    project = copy_checkout(tmp_path_factory.mktemp("template") / "project")
-    for split, start, count in (("train", 0, 120), ("valid", 5000, 24), ("test", 9000, 24)):
-        (project / "data" / f"{split}.txt").write_text(sample_lines(start, count))
-        set_params(project, f"data.{split}_file=data/{split}.txt")
-    set_params(project, *SMALL)
-    (project / "dvc.lock").unlink(missing_ok=True)
-    run("git", "add", "-A", cwd=project)
-    run("git", "commit", "-qm", "small", cwd=project)
-    return project
+    return small_project(tmp_path_factory.mktemp("template") / "project")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from conftest import SMALL, copy_checkout, digests, run, sample_lines, set_params
+from conftest import digests, small_project
 
 CHAIN = 5
 # Training is where most is at stake, so it is drawn as often as three others together.
@@ -58,14 +58,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of what is killed, how and when")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        fresh = copy_checkout(Path(folder, "fresh"))
-        for split, start, count in (("train", 0, 120), ("valid", 5000, 24), ("test", 9000, 24)):
-            (fresh / "data" / f"{split}.txt").write_text(sample_lines(start, count))
-            set_params(fresh, f"data.{split}_file=data/{split}.txt")
-        set_params(fresh, *SMALL, *TRAINING)
-        (fresh / "dvc.lock").unlink(missing_ok=True)
-        run("git", "add", "-A", cwd=fresh)
-        run("git", "commit", "-qm", "fresh", cwd=fresh)
+        fresh = small_project(Path(folder, "fresh"), *TRAINING)
         whole = Path(folder, "whole")
         shutil.copytree(fresh, whole)
         seconds = undisturbed(whole)

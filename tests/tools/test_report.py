@@ -240,7 +240,7 @@ def test_page_fits_a_phone_and_the_dark(opened):
         colour = opened.execute_script("return getComputedStyle(document.body).backgroundColor")
         return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
 
-    label = "return document.querySelector('#bits .role-axis-label text').?.getAttribute('fill')"
+    label = "return document.querySelector('#bits .role-axis-label text')?.getAttribute('fill')"
     try:
         media("light")
         wait(opened, lambda: opened.execute_script("return document.documentElement.scrollWidth") == 360)
