@@ -188,7 +188,7 @@ def evaluate_stage(settings) -> None:
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0).to(DEVICE).eval()
     how = settings.evaluate.model_copy(update={"batch_size": settings.optimizer.batch_size})
-    scoring.figures_of(model, split, how, 0)
+    scoring.figures_of(model, split, how)
 
 
 def generate_samples(settings) -> None:

@@ -1,4 +1,7 @@
-"""Makes metrics/eval.json, the data of plots and metrics/samples.md from models/gpt2/.
+"""Makes metrics/eval.json, what stands beside it, and metrics/samples.md from models/gpt2/.
+
+details.json holds counts, intervals and what was scored, documents.csv the loss of each document,
+from which `python -m tools.compare` says whether a model got better.
 
 With --model DIR_OR_CKPT it measures any GPT-2 folder or training checkpoint instead, on
 the text that the settings name, and prints the figures without writing a file. The definitions of the
@@ -13,7 +16,7 @@ from pathlib import Path
 from stages.common.devices import device_of
 from stages.common.errors import UserError, run
 from stages.common.files import write_text
-from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, TOKENIZER
+from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
 from stages.common.settings import Group, about, load
 from stages.model import ops
 from stages.model.gpt2 import load_model
@@ -27,6 +30,8 @@ import pandas as pd
 import torch
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
+
+SHOWN = ("ppl_low", "ppl_high", "word_ppl", "unigram_ppl")
 
 
 class Options(Group):
@@ -42,10 +47,9 @@ def main() -> None:
     if settings.options.model is not None:
         model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
         model.to(device)
-        names = [name for name in sources_of(settings.data) if name != "train"]
-        with fresh_blocks(settings.data, names, tokenizer_folder) as splits:
-            figures = {name: figures_of(model, split, settings.evaluate)[0] for name, split in splits.items()}
-        print(json.dumps(figures, indent=2))
+        with fresh_blocks(settings.data, test_sets(settings.data), tokenizer_folder) as splits:
+            scores = {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
+        print(json.dumps({name: figures | details for name, (figures, details, _) in scores.items()}, indent=2))
         return
 
     model = load_model(MODEL).to(device)
@@ -53,26 +57,30 @@ def main() -> None:
     train = load_split("train")
     if train.tokenizer != tokenizer.fingerprint:
         raise UserError(f"{BLOCKS} was made by another tokenizer than {MODEL}'s: run `dvc repro`")
-    figures, plots = {}, {}
-    for name in ("valid", "test"):
+    figures, details, tables = {}, {}, {}
+    for name in test_sets(settings.data):
         split = load_split(name)
-        figures[name], plots[name] = figures_of(model, split, settings.evaluate, tokenizer.end_of_text)
-        figures[name]["unigram_ppl"] = unigram_ppl(train, split)
+        figures[name], details[name], tables[name] = figures_of(model, split, settings.evaluate)
+        details[name]["unigram_ppl"] = unigram_ppl(train, split)
+    documents = pd.concat([table["documents"].assign(set=name) for name, table in tables.items()])
     samples = [
         continuation(model, tokenizer, prompt, settings.generate, settings.generate.seed)
         for prompt in settings.generate.prompts
     ]
     write_text(METRICS / "eval.json", json.dumps(figures, indent=2) + "\n")
+    write_text(METRICS / "details.json", json.dumps(details, indent=2) + "\n")
+    write_text(METRICS / "documents.csv", documents[["set", *documents.columns[:-1]]].to_csv(index=False))
+    write_text(METRICS / "loss_by_position.csv", tables["test"]["loss_by_position"].to_csv(index=False))
     write_text(METRICS / "samples.md", samples_page(settings.generate.prompts, samples))
-    for name, table in plots["test"].items():
-        write_text(METRICS / f"{name}.csv", table.to_csv(index=False))
     remove_checkpoints()
-    shown = {
-        split: {key: f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" for key, value in row.items()}
-        for split, row in figures.items()
-    }
-    print(pd.DataFrame(shown).to_string())
+    shown = {name: figures[name] | {key: details[name].get(key) for key in SHOWN} for name in figures}
+    print(pd.DataFrame(shown).T.to_string(float_format="{:,.4f}".format, na_rep=""))
     print(f"figures: {METRICS}/eval.json   samples: {METRICS}/samples.md   plots: `dvc plots show`")
+
+
+def test_sets(data) -> list[str]:
+    """What is measured: test, the named test sets, valid."""
+    return ["test", *(name for name in sources_of(data) if name not in SPLITS), "valid"]
 
 
 def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:

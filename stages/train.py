@@ -68,7 +68,7 @@ def main() -> None:
             best.check(trainer, folder)
         history.write(METRICS)
         remove_older_finished(checkpoints.folder)
-        figures = write_run_figures(trainer, checkpoints, history)
+        figures = write_run_figures(trainer, model.num_parameters(), checkpoints, history)
         print_summary(checkpoints, valid, figures, trainer.loggers[0].log_dir)
     trainer.strategy.barrier("exported")
 

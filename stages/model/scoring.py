@@ -17,6 +17,7 @@ from stages.common.devices import autocast
 from stages.common.errors import UserError
 from stages.common.paths import BLOCKS
 from stages.model import gpt2
+from stages.model.intervals import interval
 from stages.text.streams import Split
 
 import numpy as np
@@ -25,28 +26,51 @@ import torch
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-DOCUMENT_ROWS = 500
+DOCUMENT_ROWS = 1000
+MAX_LOG = 700.0  # of what exp() can take
+LONGEST_WORDS = 40  # bytes a word, on average: above it the text is written without spaces between words
 
 
-def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int | None = None) -> tuple[dict, dict]:
-    """A split's figures, and the tables behind two plots: loss by position and by document.
+def figures_of(model: GPT2LMHeadModel, split: Split, settings) -> tuple[dict, dict, dict]:
+    """A split's figures, what stands beside them, and the tables that they are sums of.
 
     Args:
         model: GPT-2 of any size.
         split: the token stream.
         settings: the evaluate group.
-        end_of_text: id that ends a document; None: no tables.
     Returns:
-        figures: loss, ppl, bits_per_byte, word_ppl, tokens, bytes.
-        tables: loss_by_position (position, loss) and loss_by_document (rank, document, tokens, loss),
-            sorted by loss. With 2 * DOCUMENT_ROWS documents or more, a row is a run of them, and
-            `document` the first.
+        figures: ppl, bits_per_byte, loss.
+        details: tokens, bytes, words, word_ppl where the text has words, ppl_low and ppl_high (the 95 %
+            interval over documents, where there are two), and what decides whether two runs' figures
+            compare: text, stride, tokenizer, changed_documents.
+        tables: documents (document, tokens, bytes, words, nll in nats), in order: above DOCUMENT_ROWS
+            documents a row is a run of them, and `document` the first; loss_by_position (position, loss).
     Raises:
         UserError: the model's vocabulary is too small for the tokens, or stride above its positions.
     """
+    stride = checked_stride(model, split, settings.stride)
+    documents, by_position = losses_of(model, split, stride, settings)
+    total, predicted = float(documents["nll"].sum()), len(split.tokens) - 1
+    figures = {
+        "ppl": math.exp(min(total / predicted, MAX_LOG)),
+        "bits_per_byte": total / math.log(2) / split.bytes,
+        "loss": total / predicted,
+    }
+    details = {"tokens": predicted, "bytes": split.bytes, "words": split.words}
+    if split.bytes < LONGEST_WORDS * split.words and total / split.words < MAX_LOG:
+        details["word_ppl"] = math.exp(total / split.words)
+    if len(documents) > 1:
+        ends = interval(documents["nll"].to_numpy(), documents["tokens"].to_numpy())
+        details["ppl_low"], details["ppl_high"] = (math.exp(min(end, MAX_LOG)) for end in ends)
+    details |= {"text": split.text, "stride": stride, "tokenizer": split.tokenizer}
+    details["changed_documents"] = split.changed_documents
+    return figures, details, {"documents": documents, "loss_by_position": by_position}
+
+
+def checked_stride(model: GPT2LMHeadModel, split: Split, stride: int | None) -> int:
+    """Tokens between the starts of two windows. Raises UserError when the model can't score the split so."""
     T = gpt2.block_size_of(model.config)
-    stride = settings.stride or T
-    if stride > T:
+    if (stride or T) > T:
         raise UserError(f"evaluate.stride: {stride} is above the model's block_size {T}")
     if model.config.vocab_size < split.vocab_size:
         raise UserError(
@@ -54,49 +78,32 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings, end_of_text: int 
         )
     if len(split.tokens) < 2:
         raise UserError(f"{split.name}: no token to predict")
-    total = 0.0
-    by_position = np.zeros((2, T))
-    documents, group = [], 1
-    sums, inside = np.zeros(2), 0
+    return stride or T
+
+
+def losses_of(model: GPT2LMHeadModel, split: Split, stride: int, settings) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `figures_of`: nats of each document with its end-of-text, and loss by position."""
+    T, group = gpt2.block_size_of(model.config), -(-split.documents // DOCUMENT_ROWS)
+    documents = sizes_of_rows(split, group)
+    by_position, by_row, ended = np.zeros((2, T)), np.zeros((2, len(documents))), 0
     for first, positions, nll in token_losses(model, split, stride, settings.batch_size, settings.precision):
-        nll = nll.astype(np.float64)
-        total += nll.sum()
-        by_position[0] += np.bincount(positions, nll, T)
-        by_position[1] += np.bincount(positions, minlength=T)
-        if end_of_text is not None:
-            ends = np.flatnonzero(split.tokens[first : first + len(nll)] == end_of_text) + 1
-            for part in np.split(nll, ends)[:-1]:
-                sums, inside = sums + (part.sum(), len(part)), inside + 1
-                if inside == group:
-                    documents.append(sums)
-                    sums, inside = np.zeros(2), 0
-                if len(documents) == 2 * DOCUMENT_ROWS:
-                    documents, group = [a + b for a, b in zip(documents[::2], documents[1::2])], 2 * group
-            rest = nll[ends[-1] :] if len(ends) else nll
-            sums = sums + (rest.sum(), len(rest))
-    if inside:
-        documents.append(sums)
-    predicted = len(split.tokens) - 1
-    figures = {
-        "loss": total / predicted,
-        "ppl": math.exp(min(total / predicted, 700.0)),
-        "bits_per_byte": total / math.log(2) / split.bytes,
-        "word_ppl": math.exp(min(total / max(split.words, 1), 700.0)),
-        "tokens": predicted,
-        "bytes": split.bytes,
-    }
+        ends = split.tokens[first : first + len(nll)] == split.end_of_text
+        row = (ended + np.cumsum(ends) - ends) // group  # an end-of-text is its document's last token
+        ended += int(ends.sum())
+        for sums, keys in ((by_position, positions), (by_row, row)):
+            sums[0] += np.bincount(keys, nll, sums.shape[1])
+            sums[1] += np.bincount(keys, minlength=sums.shape[1])
+    documents["tokens"], documents["nll"] = by_row[1].astype(np.int64), by_row[0]
     seen = by_position[1] > 0
-    tables = {
-        "loss_by_position": pd.DataFrame(
-            {"position": np.flatnonzero(seen) + 1, "loss": by_position[0][seen] / by_position[1][seen]}
-        ),
-        "loss_by_document": pd.DataFrame(
-            [{"document": i * group + 1, "tokens": int(n), "loss": s / n} for i, (s, n) in enumerate(documents)],
-            columns=["document", "tokens", "loss"],
-        ).sort_values(["loss", "document"], ignore_index=True),
-    }
-    tables["loss_by_document"].insert(0, "rank", tables["loss_by_document"].index + 1)
-    return figures, tables
+    positions = {"position": np.flatnonzero(seen) + 1, "loss": by_position[0][seen] / by_position[1][seen]}
+    return documents[["document", "tokens", "bytes", "words", "nll"]], pd.DataFrame(positions)
+
+
+def sizes_of_rows(split: Split, group: int) -> pd.DataFrame:
+    """The first document, bytes and words of each run of `group` documents."""
+    starts = np.arange(0, split.documents, group)
+    sizes = np.add.reduceat(split.sizes(), starts, axis=0, dtype=np.int64)
+    return pd.DataFrame({"document": starts + 1, "bytes": sizes[:, 0], "words": sizes[:, 1]})
 
 
 @torch.inference_mode()

@@ -1,10 +1,12 @@
 """Documents become token ids: those of encoding each document whole."""
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from stages.common.errors import UserError
 from stages.text.tokenizers import TextTokenizer
@@ -41,6 +43,8 @@ class Encoder:
         tokenizer: encodes.
         path: what the documents are of, for messages.
         lossy: refuse or allow: what to do when the tokenizer doesn't give a document's exact text back.
+        sizes: bytes and words of the documents that have ended since it was emptied last.
+        sha256: of the documents' text: a size of 8 bytes after each, so that it tells where they end.
     """
 
     tokenizer: TextTokenizer
@@ -51,6 +55,8 @@ class Encoder:
     words: int = 0
     characters: int = 0
     changes: Changes = field(default_factory=Changes)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    sha256: Any = field(default_factory=hashlib.sha256)
 
     def streams(self, parts: Iterator[tuple[str, bool]]) -> Iterator[np.ndarray]:
         """The ids of a batch of documents at a time, end-of-text after each document: (n,) uint32.
@@ -61,19 +67,27 @@ class Encoder:
             UserError: the tokenizer doesn't give the text back, and lossy is refuse.
         """
         inside_word = changed = False
+        before = 0, 0  # bytes and words when the last document ended
         for batch, ids, ends in self.encoded(parts):
             if not self.tokenizer.loses_nothing:
                 changed = self.compare(batch, ids, ends, changed)
             last = np.array([end for _, end in batch])
-            yield np.insert(ids, ends[last], self.tokenizer.end_of_text)
-            self.documents += int(last.sum())
             for text, end in batch:
-                self.bytes += len(text) if text.isascii() else len(text.encode())
+                raw = text.encode()
+                self.sha256.update(raw)
+                self.bytes += len(raw)
                 self.characters += len(text)
                 self.words += len(text.split())
                 # A word that is longer than a part counts once.
                 self.words -= inside_word and not text[:1].isspace()
                 inside_word = not end and not text[-1:].isspace()
+                if end:
+                    size, words = self.bytes - before[0], self.words - before[1]
+                    self.sizes.append((size, words))
+                    self.sha256.update(size.to_bytes(8, "little"))
+                    before = self.bytes, self.words
+            yield np.insert(ids, ends[last], self.tokenizer.end_of_text)
+            self.documents += int(last.sum())
 
     def encoded(self, parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
         """Batches of parts, their ids and where in these each part ends. The next batch is encoded meanwhile."""

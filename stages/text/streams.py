@@ -2,7 +2,8 @@
 
 A split's stream is the end-of-text token, then the documents in file order, each followed by
 end-of-text. It lies in SPLIT.npy (uint16 when the vocabulary fits, else uint32) and is mapped
-into memory at use. SPLIT.json holds its counts, and meta.json what all splits share: the
+into memory at use; SPLIT.documents.npy holds the UTF-8 bytes and words of each document. SPLIT.json
+holds its counts and a hash of its text, and meta.json what all splits share: the
 tokenizer's fingerprint, its vocabulary's size and its end-of-text id. So one split's text
 changes no other split's files.
 """
@@ -28,6 +29,8 @@ from stages.text.tokenizers import load_tokenizer
 import numpy as np
 from tqdm import tqdm
 
+AGAIN = "make it again with `dvc repro tokenize_blocks` (or --force)"
+
 
 @dataclass
 class Split:
@@ -40,8 +43,11 @@ class Split:
         bytes: UTF-8 bytes of the documents.
         words: whitespace-separated words of the documents.
         changed_documents: how many of the documents the tokenizer doesn't give back exactly.
+        text: a hash of the documents, whatever the tokenizer.
+        path: the stream's file.
         vocab_size: every token id is below it.
         tokenizer: the fingerprint of the tokenizer that made it.
+        end_of_text: the id after each document.
         sha256: of the stream's bytes.
     """
 
@@ -50,10 +56,28 @@ class Split:
     documents: int
     bytes: int
     words: int
+    text: str
+    path: Path
     vocab_size: int
     tokenizer: str
+    end_of_text: int
     sha256: str
     changed_documents: int
+
+    def sizes(self) -> np.ndarray:
+        """Bytes and words of each document: (documents, 2) uint64, mapped into memory.
+
+        Raises:
+            UserError: their file is missing, or not of as many documents.
+        """
+        file = self.path.with_suffix(".documents.npy")
+        try:
+            sizes = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file}: can't be read ({error}): {AGAIN}") from None
+        if sizes.shape != (self.documents, 2):
+            raise UserError(f"{file}: {sizes.shape} is not of {self.documents:,} documents: {AGAIN}")
+        return sizes
 
 
 def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
@@ -63,7 +87,6 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
         UserError: it is missing, or not what its .json files say.
     """
     path = Path(folder, f"{name}.npy")
-    again = "make it again with `dvc repro tokenize_blocks` (or --force)"
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -71,16 +94,16 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
         split = Split(
             name,
             tokens,
-            vocab_size=meta["vocab_size"],
-            tokenizer=meta["tokenizer"],
-            **{key: counts[key] for key in ("documents", "bytes", "words", "sha256")},
+            path=path,
+            **{key: meta[key] for key in ("vocab_size", "tokenizer", "end_of_text")},
+            **{key: counts[key] for key in ("documents", "bytes", "words", "text", "sha256")},
             changed_documents=counts.get("changed_documents", 0),
         )
         expected = counts["tokens"]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"{path}: can't be read as token blocks ({error}): {again}") from None
+        raise UserError(f"{path}: can't be read as token blocks ({error}): {AGAIN}") from None
     if tokens.shape != (expected,) or tokens.dtype != token_dtype(split.vocab_size):
-        raise UserError(f"{path}: {tokens.dtype} {tokens.shape} is not what its .json files say: {again}")
+        raise UserError(f"{path}: {tokens.dtype} {tokens.shape} is not what its .json files say: {AGAIN}")
     return split
 
 
@@ -141,21 +164,27 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
     dtype, tokens, digest = token_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
     with (
         target.open("wb") as file,
+        target.with_suffix(".documents.npy").open("wb") as sizes,
         tqdm(total=documents.size, unit="B", unit_scale=True, desc=documents.name, mininterval=1, disable=None) as bar,
     ):
-        # The header has a fixed size, so it can be written again once the length is known.
-        np.lib.format.write_array_header_1_0(file, header(0, dtype))
+        # A header has a fixed size, so it can be written again once the length is known.
+        np.lib.format.write_array_header_1_0(file, header((0,), dtype))
+        np.lib.format.write_array_header_1_0(sizes, header((0, 2), np.dtype(np.uint64)))
         parts = chain.from_iterable(document_parts(text, encoder.path, tokenizer.cut) for text in documents.documents())
         for ids in chain([np.array([tokenizer.end_of_text])], encoder.streams(parts)):
             ids = ids.astype(dtype)
             file.write(ids.data)
             digest.update(ids.data)
             tokens += len(ids)
+            sizes.write(np.array(encoder.sizes, np.uint64).data)
+            encoder.sizes.clear()
             bar.update(encoder.bytes - bar.n)
             documents.release()
         bar.update(documents.size - bar.n)
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header(tokens, dtype))
+        np.lib.format.write_array_header_1_0(file, header((tokens,), dtype))
+        sizes.seek(0)
+        np.lib.format.write_array_header_1_0(sizes, header((encoder.documents, 2), np.dtype(np.uint64)))
     counts = {"tokens": tokens, **{key: getattr(encoder, key) for key in ("documents", "bytes", "words")}}
     if not tokenizer.loses_nothing:
         changes = encoder.changes
@@ -163,7 +192,7 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
         counts["changed_documents"] = changes.documents
         counts["lost_characters"] = changes.characters
         counts["unknown_tokens"] = changes.unknown
-    return counts | {"sha256": digest.hexdigest()}
+    return counts | {"text": encoder.sha256.hexdigest(), "sha256": digest.hexdigest()}
 
 
 def token_figures(counts: dict) -> dict:
@@ -196,5 +225,5 @@ def say_changes(encoders: dict[str, Encoder]) -> None:
         )
 
 
-def header(length: int, dtype: np.dtype) -> dict:
-    return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+def header(shape: tuple[int, ...], dtype: np.dtype) -> dict:
+    return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

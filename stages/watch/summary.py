@@ -18,12 +18,14 @@ import torch
 import transformers
 
 
-def write_run_figures(trainer: pl.Trainer, checkpoints: Checkpoints, history: History) -> dict:
-    """metrics/run.json: what differs between two runs of the same inputs."""
+def write_run_figures(trainer: pl.Trainer, parameters: int, checkpoints: Checkpoints, history: History) -> dict:
+    """metrics/run.json: what the training cost, and what differs between two runs of the same inputs."""
     cuda = torch.cuda.is_available()
     tokens = history.train[-1]["tokens"] if history.train else 0
     figures = {
         "run": checkpoints.folder.name,
+        "parameters": parameters,
+        "tokens": tokens,
         "train_seconds": round(checkpoints.seconds, 1),
         "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),

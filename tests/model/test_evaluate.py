@@ -3,11 +3,18 @@
 import json
 import math
 import re
+import shutil
+from types import SimpleNamespace
+
+from stages.model import scoring
+from stages.model.gpt2 import load_model
+from stages.text.streams import load_split, write_blocks
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import run, run_stage, set_params
+from conftest import corpus_of, run, run_stage, set_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -40,11 +47,19 @@ def independent_figures(folder, text: str, stride: int) -> dict:
     }
 
 
+def all_figures(project) -> dict:
+    """What eval.json and details.json say of each set."""
+    figures, details = (json.loads((project / f"metrics/{name}.json").read_text()) for name in ("eval", "details"))
+    assert list(figures) == list(details) == ["test", "valid"]
+    assert all(list(row) == ["ppl", "bits_per_byte", "loss"] for row in figures.values())
+    return {name: figures[name] | details[name] for name in figures}
+
+
 @pytest.mark.parametrize("stride", [16, 5, 1])
 def test_figures_equal_an_independent_computation(project, stride):
     set_params(project, f"evaluate.stride={stride}")
     run("python", "-m", "stages.evaluate", cwd=project)
-    figures = json.loads((project / "metrics/eval.json").read_text())
+    figures = all_figures(project)
     for split in ("valid", "test"):
         expected = independent_figures(project / "models/gpt2", (project / f"data/{split}.txt").read_text(), stride)
         measured = {key: figures[split][key] for key in expected}
@@ -64,7 +79,7 @@ def test_last_block_of_one_token(project):
     (project / "data/test.txt").write_text(text)
     run("dvc", "repro", "tokenize_blocks", cwd=project)
     run("python", "-m", "stages.evaluate", cwd=project)
-    measured = json.loads((project / "metrics/eval.json").read_text())["test"]
+    measured = all_figures(project)["test"]
     expected = independent_figures(project / "models/gpt2", text, 16)
     assert expected["tokens"] == tokens - 1
     assert {key: measured[key] for key in expected} == pytest.approx(expected, rel=1e-5)
@@ -74,40 +89,103 @@ def test_unigram_baseline(built):
     train, test = (np.load(built / f"data/blocks/{split}.npy").tolist() for split in ("train", "test"))
     vocabulary = json.loads((built / "data/blocks/meta.json").read_text())["vocab_size"]
     total = -sum(math.log((train.count(token) + 1) / (len(train) + vocabulary)) for token in test[1:])
-    measured = json.loads((built / "metrics/eval.json").read_text())["test"]["unigram_ppl"]
+    measured = all_figures(built)["test"]["unigram_ppl"]
     assert measured == pytest.approx(math.exp(total / (len(test) - 1)), rel=1e-9)
 
 
-def test_loss_tables_add_up_to_the_loss(built):
-    import pandas as pd
-
-    figures = json.loads((built / "metrics/eval.json").read_text())["test"]
-    documents = pd.read_csv(built / "metrics/loss_by_document.csv")
-    assert documents.tokens.sum() == figures["tokens"]
-    assert (documents.tokens * documents.loss).sum() == pytest.approx(figures["loss"] * figures["tokens"])
-    assert documents.loss.is_monotonic_increasing
+def test_documents_are_those_of_the_text_and_add_up_to_the_figures(built):
+    documents = pd.read_csv(built / "metrics/documents.csv")
+    assert list(documents) == ["set", "document", "tokens", "bytes", "words", "nll"]
+    assert list(documents.set.unique()) == ["test", "valid"]
+    for name, figures in all_figures(built).items():
+        rows = documents[documents.set == name]
+        texts = re.split(r"\n\n", (built / f"data/{name}.txt").read_text().strip("\n"))
+        assert list(rows.document) == list(range(1, len(texts) + 1))
+        assert list(rows.bytes) == [len(text.encode()) for text in texts]
+        assert list(rows.words) == [len(text.split()) for text in texts]
+        assert rows.tokens.sum() == figures["tokens"]
+        assert rows.nll.sum() / rows.tokens.sum() == pytest.approx(figures["loss"])
+        assert rows.nll.sum() / math.log(2) / rows.bytes.sum() == pytest.approx(figures["bits_per_byte"])
     positions = pd.read_csv(built / "metrics/loss_by_position.csv")
     assert list(positions.position) == list(range(1, 17))
 
 
+def test_nll_of_a_document_is_its_own(built):
+    """Each document's tokens and its end-of-text, scored one window at a time."""
+    tokens = np.load(built / "data/blocks/valid.npy").astype(int)
+    model = AutoModelForCausalLM.from_pretrained(built / "models/gpt2").double().eval()
+    T, documents, nll = model.config.n_positions, [], []
+    for start in range(0, len(tokens) - 1, T):
+        window = torch.tensor(tokens[start : start + T + 1])
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="none")
+        for token, loss in zip(window[1:].tolist(), losses.tolist()):
+            nll.append(loss)
+            if token == tokens[0]:
+                documents.append(sum(nll))
+                nll = []
+    rows = pd.read_csv(built / "metrics/documents.csv").query("set == 'valid'")
+    assert list(rows.nll) == pytest.approx(documents, rel=1e-5)
+
+
+def test_interval_of_ppl_is_that_of_resampled_documents(built):
+    rows = pd.read_csv(built / "metrics/documents.csv").query("set == 'valid'").reset_index()
+    random = np.random.default_rng(1)
+    ppls = []
+    for _ in range(4000):
+        drawn = rows.iloc[random.integers(len(rows), size=len(rows))]
+        ppls.append(math.exp(drawn.nll.sum() / drawn.tokens.sum()))
+    figures = all_figures(built)["valid"]
+    low, high = np.quantile(ppls, [0.025, 0.975])
+    width = high - low
+    assert figures["ppl_low"] == pytest.approx(low, abs=0.1 * width)
+    assert figures["ppl_high"] == pytest.approx(high, abs=0.1 * width)
+
+
+def test_many_documents_share_rows_and_none_is_lost(built, tmp_path, monkeypatch):
+    shutil.copy(built / "data/test.txt", tmp_path)
+    write_blocks(corpus_of(tmp_path / "test.txt", "line"), built / "models/gpt2", tmp_path / "blocks")
+    split, model = load_split("train", tmp_path / "blocks"), load_model(built / "models/gpt2")
+    settings = SimpleNamespace(stride=None, batch_size=8, precision="32-true")
+    whole = scoring.figures_of(model, split, settings)[2]["documents"]
+    assert list(whole.document) == list(range(1, 25))
+    monkeypatch.setattr(scoring, "DOCUMENT_ROWS", 5)
+    small = scoring.figures_of(model, split, settings)[2]["documents"]
+    assert list(small.document) == [1, 6, 11, 16, 21]
+    for column in ("tokens", "bytes", "words", "nll"):
+        sums = [whole[column][i : i + 5].sum() for i in range(0, 24, 5)]
+        assert list(small[column]) == pytest.approx(sums), column
+
+
+def test_named_test_sets_have_their_own_figures(project):
+    """Each as if it were test_file, between test and valid."""
+    shutil.copy(project / "data/valid.txt", project / "data/other.txt")
+    set_params(project, "data.test_files={other: data/other.txt}")
+    for stage in ("prepare_corpus", "tokenize_blocks", "evaluate"):
+        status, _, err = run_stage(project, stage)
+        assert status == 0, err
+    figures, details = (json.loads((project / f"metrics/{name}.json").read_text()) for name in ("eval", "details"))
+    assert list(figures) == list(details) == ["test", "other", "valid"]
+    assert figures["other"] == figures["valid"] and details["other"]["text"] == details["valid"]["text"]
+    assert list(pd.read_csv(project / "metrics/documents.csv").set.unique()) == ["test", "other", "valid"]
+
+
+def test_text_without_spaces_has_no_word_ppl(project, tmp_path):
+    """Japanese: a "word" would be a whole line."""
+    (tmp_path / "japanese.txt").write_text("吾輩は猫である。名前はまだ無い。どこで生れたか頓と見当がつかぬ。\n\n" * 9)
+    test = measured(project, tmp_path / "japanese.txt")
+    assert "word_ppl" not in test and test["words"] == 9
+
+
 def test_model_option_measures_a_folder_on_any_text(project, tmp_path):
     committed = (project / "metrics/eval.json").read_bytes()
-    pipeline = json.loads(committed)["test"]
-    printed = json.loads(run("python", "-m", "stages.evaluate", "--model", "models/gpt2", cwd=project).stdout)
-    assert printed["test"] == {key: pipeline[key] for key in printed["test"]}
+    pipeline = all_figures(project)["test"]
+    printed = measured(project, project / "data/test.txt")
+    assert printed == {key: pipeline[key] for key in printed} and pipeline.keys() - printed.keys() == {"unigram_ppl"}
     (tmp_path / "other.txt").write_text("Zwölf Boxkämpfer\n\nüber den Sylter Deich\n" * 9)
-    command = (
-        "python",
-        "-m",
-        "stages.evaluate",
-        "--model",
-        "models/gpt2",
-        "--data.test_file",
-        str(tmp_path / "other.txt"),
-    )
-    other = json.loads(run(*command, cwd=project).stdout)["test"]
+    other = measured(project, tmp_path / "other.txt")
     expected = independent_figures(project / "models/gpt2", (tmp_path / "other.txt").read_text(), 16)
-    assert other == pytest.approx(expected, rel=1e-5)
+    assert {key: other[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert (project / "metrics/eval.json").read_bytes() == committed
 
 
@@ -150,3 +228,9 @@ def test_figures_of_a_gpu_are_those_of_the_cpu(project):
             assert run_stage(project, "evaluate", *arguments)[0] == 0
             losses[accelerator, precision] = json.loads((project / "metrics/eval.json").read_text())["test"]["loss"]
     assert max(losses.values()) - min(losses.values()) < 1e-3, losses
+
+
+def measured(project, test_file) -> dict:
+    """What `--model` prints of a text."""
+    command = ("--model", "models/gpt2", "--data.test_file", str(test_file))
+    return json.loads(run("python", "-m", "stages.evaluate", *command, cwd=project).stdout)["test"]

@@ -2,16 +2,10 @@
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-
-from stages import evaluate
-from stages.model.gpt2 import load_model
-from stages.text.streams import load_split, write_blocks
-from stages.text.tokenizers import load_tokenizer
 
 import pandas as pd
 import pytest
-from conftest import corpus_of, run, set_params
+from conftest import run, set_params
 from selenium.webdriver.support.wait import WebDriverWait
 
 TITLES = {
@@ -63,7 +57,9 @@ def drawn(browser, page: Path) -> dict[str, dict]:
 
 
 def rows(project: Path, revision: str, name: str) -> int:
-    return len(run("git", "show", f"{revision}:metrics/{name}.csv", cwd=project).stdout.splitlines()) - 1
+    """Points of a table, of documents those of the test text."""
+    lines = run("git", "show", f"{revision}:metrics/{name}.csv", cwd=project).stdout.splitlines()[1:]
+    return sum(line.startswith("test,") for line in lines) if name == "documents" else len(lines)
 
 
 def test_plots_between_two_commits(two_commits, browser):
@@ -74,7 +70,7 @@ def test_plots_between_two_commits(two_commits, browser):
     files = ["train.csv::train_loss", "valid.csv::valid_loss"]
     assert loss["legend"] == ["HEAD~1", "HEAD", *files]
     assert loss["lines"] == [rows(two_commits, rev, name) for rev in ("HEAD~1", "HEAD") for name in ("train", "valid")]
-    singles = {"train": rate, "valid": valid, "loss_by_position": position, "loss_by_document": document}
+    singles = {"train": rate, "valid": valid, "loss_by_position": position, "documents": document}
     for name, plot in singles.items():
         assert plot["legend"] == ["HEAD~1", "HEAD"]
         assert plot["lines"] == [rows(two_commits, rev, name) for rev in ("HEAD~1", "HEAD")]
@@ -93,22 +89,6 @@ def test_plots_of_the_workspace_and_of_a_fresh_clone(two_commits, browser, tmp_p
     plots = drawn(browser, clone / "dvc_plots/index.html")
     assert {title: len(plot["lines"]) for title, plot in plots.items()} == dict(zip(TITLES, (2, 1, 1, 1, 1)))
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-
-def test_a_large_test_text_has_a_small_table(built, tmp_path, monkeypatch):
-    """Above a number of documents, runs of neighbours share a row, and none is lost."""
-    shutil.copy(built / "data/test.txt", tmp_path)
-    write_blocks(corpus_of(tmp_path / "test.txt", "line"), built / "models/gpt2", tmp_path / "blocks")
-    split, model = load_split("train", tmp_path / "blocks"), load_model(built / "models/gpt2")
-    settings = SimpleNamespace(stride=None, batch_size=8)
-    end_of_text = load_tokenizer(built / "models/gpt2").end_of_text
-    whole = evaluate.figures_of(model, split, settings, end_of_text)[1]["loss_by_document"].sort_values("document")
-    assert list(whole.document) == list(range(1, 25))
-    monkeypatch.setattr(evaluate, "DOCUMENT_ROWS", 3)
-    small = evaluate.figures_of(model, split, settings, end_of_text)[1]["loss_by_document"].sort_values("document")
-    assert list(small.document) == [1, 9, 17]
-    nll = (whole.tokens * whole.loss).to_numpy().reshape(3, 8).sum(1)
-    assert (small.tokens * small.loss).to_numpy() == pytest.approx(nll)
 
 
 def test_tables_behind_the_plots(built):
