@@ -1,14 +1,16 @@
 # Each target sets up .venv when it is missing or out of date.
 PYTHON ?= python3
+N ?= 3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup repro report test bench lock
+.PHONY: help setup repro report seeds test bench lock
 
 help:
 	@echo "make setup   install what the pipeline needs into .venv"
 	@echo "make repro   run the pipeline: dvc repro"
 	@echo "make report  the history of its figures, as a page: report.html"
+	@echo "make seeds   the settings under N=3 seeds: how much the seed alone changes the figures"
 	@echo "make test    lint, check the types, run the tests"
 	@echo "make bench   measure the speed beside four peers"
 	@echo "make lock    write requirements.lock anew, after a change of requirements*.txt"
@@ -20,6 +22,11 @@ repro: .venv/installed
 
 report: .venv/installed
 	python -m tools.report
+
+seeds: .venv/installed
+	dvc exp run --queue -S "seed_everything=$$(seq -s, 1 $(N))"
+	dvc exp run --run-all
+	python -m tools.compare --noise
 
 test: .venv/installed-dev
 	ruff check . && ruff format --check .

@@ -14,13 +14,6 @@ const label = (run) => (run.place === "workspace" ? "workspace" : `${run.name} (
 const fixed = (value, digits) =>
   value === null ? "–" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace("-", "−");
 
-// Words for what keeps two runs' figures from being compared; bits per byte doesn't need the tokenizer.
-function differing(a, b) {
-  if (!a.scored || !b.scored) return ["what was scored (unknown without a matching dvc.lock)"];
-  return Object.keys(data.needs).filter((key) => a.scored[key] !== b.scored[key]).map((key) => data.needs[key]);
-}
-const onlyTokenizer = (words) => words.every((word) => word === data.needs.tokenizer);
-
 function draw(id, spec) {
   const muted = colour("--muted"), line = colour("--line");
   const axis = { labelColor: muted, titleColor: muted, tickColor: line, domainColor: line, gridColor: line, titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12 };
@@ -30,26 +23,23 @@ function draw(id, spec) {
     { actions: false, renderer: "svg", tooltip: { theme: dark ? "dark" : "light" } });
 }
 
+function points(figure) {
+  return [...runs].reverse().map((run) => ({ ...run.figures, run: run.axis, name: label(run), when: run.when, kind: { here: "commit", elsewhere: "other branch" }[run.place] || run.place, value: run.figures[figure], segment: run.segment[figure === "test_ppl" ? "ppl" : "bits"], letter: run.letter }))
+    .filter((row) => row.value !== null);
+}
+
 function history(id, figure, title, digits, scale) {
-  let segment = 0, before = null;
-  const values = [...runs].reverse().map((run) => {
-    const value = run.figures[figure];
-    if (run.place === "here") {
-      const words = before ? differing(before, run) : [];
-      if (before && !(figure === "test_ppl" ? words.length === 0 : onlyTokenizer(words))) segment += 1;
-      before = run;
-    }
-    return { run: run.id, name: label(run), when: run.when, kind: { here: "commit", elsewhere: "other branch" }[run.place] || run.place, value, segment, letter: run.letter };
-  }).filter((row) => row.value !== null);
+  const values = points(figure);
   const kinds = ["commit", "experiment", "other branch", "workspace"].filter((kind) => values.some((row) => row.kind === kind));
   const colours = { commit: colour("--accent"), experiment: colour("--experiment"), "other branch": colour("--elsewhere"), workspace: colour("--fg") };
   const shapes = { commit: "circle", experiment: "triangle-up", "other branch": "diamond", workspace: "square" };
-  const x = { field: "run", type: "ordinal", scale: { domain: values.map((row) => row.run) }, axis: { title: null, labelAngle: -40, labelOverlap: true, ticks: false, grid: false } };
+  const x = { field: "run", type: "ordinal", scale: { domain: values.map((row) => row.run) }, axis: { title: null, labelAngle: -40, labelOverlap: true, labelLimit: 150, ticks: false, grid: false } };
   const y = { field: "value", type: "quantitative", scale: { nice: false, padding: 12, ...scale }, axis: { title: null, tickCount: 5 } };
   return draw(id, {
     data: { values },
     layer: [
       { transform: [{ filter: "datum.kind === 'commit'" }], mark: { type: "line", color: colours.commit, strokeWidth: 1.5, opacity: 0.6 }, encoding: { x, y, detail: { field: "segment" } } },
+      ...(figure === "test_ppl" ? [{ transform: [{ filter: "isValid(datum.low)" }], mark: { type: "rule", strokeWidth: 2, opacity: 0.4, color: colours.commit }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } }] : []),
       {
         mark: { type: "point", filled: true, size: values.length > 60 ? 30 : 70, opacity: 1 },
         encoding: {
@@ -60,6 +50,23 @@ function history(id, figure, title, digits, scale) {
         },
       },
     ],
+  });
+}
+
+function showCost() {
+  const axis = byId("cost-axis");
+  const values = points("test_bits_per_byte").filter((row) => row[axis.value]);
+  byId("cost").closest(".card").hidden = ["tokens", "train_seconds"].every((key) => runs.every((run) => !run.figures[key]));
+  if (!values.length) return byId("cost").replaceChildren();
+  const x = { field: axis.value, type: "quantitative", scale: { type: "log" }, axis: { title: axis.selectedOptions[0].textContent, format: "~s", tickCount: 5 } };
+  return draw("cost", {
+    data: { values },
+    mark: { type: "point", filled: true, size: 60, opacity: 1 },
+    encoding: {
+      x, y: { field: "value", type: "quantitative", scale: { zero: false }, axis: { title: "test bits per byte", tickCount: 5 } },
+      color: { field: "letter", type: "nominal", legend: { title: "letter" } },
+      tooltip: [{ field: "name", title: "run" }, { field: "value", title: "bits per byte", format: ".3f" }, { field: axis.value, format: ".3~s" }],
+    },
   });
 }
 
@@ -85,15 +92,10 @@ function showSelected() {
 }
 
 function showWarning(chosen) {
-  const first = chosen[0], warning = byId("warning");
-  warning.replaceChildren();
-  for (const run of chosen.slice(1)) {
-    const words = differing(first, run);
-    if (!words.length) continue;
-    const advice = onlyTokenizer(words) ? "compare bits per byte" : "bits per byte can't be compared either";
-    warning.append(make("p", `ppl of ${label(first)} and ${label(run)} can't be compared: they differ in ${words.join(", ")}; ${advice}.`));
-  }
-  warning.hidden = !warning.childElementCount;
+  const others = chosen.slice(1), warning = byId("warning");
+  const advice = chosen.every((run) => run.bits_letter === chosen[0].bits_letter && run.letter !== "?") ? "compare bits per byte." : "neither do all of their bits per byte.";
+  warning.textContent = `The ppl of runs with different letters doesn't compare; ${advice}`;
+  warning.hidden = others.every((run) => run.letter === chosen[0].letter && run.letter !== "?");
 }
 
 function header(chosen, corner) {
@@ -117,20 +119,12 @@ function showFigures(chosen) {
     row.append(make("th", name), ...cells);
     body.append(row);
   };
-  const figures = [["Test ppl", "test_ppl", 2], ["Test bits per byte", "test_bits_per_byte", 3], ["Validation ppl", "valid_ppl", 2], ["Validation bits per byte", "valid_bits_per_byte", 3]];
+  const figures = [["Test ppl", "test_ppl", 2], ["95 %, from", "low", 2], ["to", "high", 2], ["Test bits per byte", "test_bits_per_byte", 3], ["Validation ppl", "valid_ppl", 2], ["Validation bits per byte", "valid_bits_per_byte", 3], ["Parameters", "parameters", 0], ["Training tokens", "tokens", 0], ["Training seconds", "train_seconds", 0], ["Test n-grams found in train, %", "leakage", 2]];
   for (const [name, key, digits] of figures) {
-    add(name, chosen.map((run, i) => {
-      const cell = make("td", fixed(run.figures[key], digits)), base = chosen[0].figures[key];
-      if (!key.startsWith("test") || i === 0 || base === null || run.figures[key] === null) return cell;
-      const words = differing(chosen[0], run);
-      const comparable = key === "test_ppl" ? words.length === 0 : onlyTokenizer(words);
-      const change = Number((run.figures[key] - base).toFixed(digits));
-      cell.append(" ", !comparable ? make("small", "not comparable")
-        : change === 0 ? make("small", "= same")
-        : make("span", `${change < 0 ? "▼ −" : "▲ +"}${fixed(Math.abs(change), digits)} ${change < 0 ? "better" : "worse"}`, change < 0 ? "better" : "worse"));
-      return cell;
-    }));
+    const values = chosen.map((run) => (key === "leakage" && run.figures[key] !== null ? 100 * run.figures[key] : run.figures[key]));
+    if (values.some((value) => value !== null)) add(name, values.map((value) => make("td", fixed(value, digits))));
   }
+  add("Letter", chosen.map((run) => make("td", run.letter)));
   for (const key of [...new Set(chosen.flatMap((run) => Object.keys(run.params)))].sort()) {
     const values = chosen.map((run) => run.params[key] ?? "–");
     if (new Set(values).size > 1) add(key, values.map((value) => make("td", value, "name")));
@@ -140,13 +134,13 @@ function showFigures(chosen) {
 
 function showCurves(chosen) {
   // Loss a token means different things under different tokenizers: then bits per byte, of validation only.
-  const bits = chosen.some((run) => !run.scored || run.scored.tokenizer !== chosen[0].scored?.tokenizer) && chosen.every((run) => run.figures.bits_factor !== null);
+  const bits = chosen.some((run) => run.tokenizer === null || run.tokenizer !== chosen[0].tokenizer) && chosen.every((run) => run.figures.bits_factor !== null);
   byId("curves-title").textContent = bits ? "Validation loss in bits per byte (the tokenizers differ)" : "Loss over training (thin: training, thick with points: validation)";
   const values = [];
   chosen.forEach((run, i) => {
     const curves = data.curves[run.curves];
     for (const split of bits ? ["valid"] : ["train", "valid"])
-      for (const [tokens, loss] of curves[split]) values.push({ run: i, split, tokens, loss: bits ? loss * run.figures.bits_factor : loss, name: label(run) });
+      for (const [tokens, loss] of curves[split === "train" ? 0 : 1]) values.push({ run: i, split, tokens, loss: bits ? loss * run.figures.bits_factor : loss, name: label(run) });
   });
   byId("legend").replaceChildren(...chosen.map((run) => {
     const item = make("span"), swatch = make("span", undefined, "swatch");
@@ -208,22 +202,30 @@ function sortBy(heading) {
   const body = document.querySelector("#runs tbody");
   const key = (row) => row.children[heading.cellIndex].dataset.sort;
   const missing = (text) => text === "" || text === "nan";
-  const rows = [...body.rows].sort((a, b) => {
+  const rows = [...body.rows].filter((row) => !row.dataset.seedOf).sort((a, b) => {
     const [x, y] = [key(a), key(b)];
     if (missing(x) || missing(y)) return missing(x) - missing(y); // what is missing comes last either way
     const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
     return ascending ? order : -order;
   });
-  body.append(...rows);
+  const seeds = Map.groupBy([...body.rows].filter((row) => row.dataset.seedOf), (row) => row.dataset.seedOf);
+  body.append(...rows.flatMap((row) => [row, ...(seeds.get(row.dataset.revision) ?? [])]));
 }
 
 document.querySelectorAll("#runs th button").forEach((button) => button.addEventListener("click", () => sortBy(button.closest("th"))));
+document.querySelectorAll("#runs .seeds").forEach((button) => button.addEventListener("click", () => {
+  const open = button.getAttribute("aria-expanded") !== "true";
+  button.setAttribute("aria-expanded", open);
+  for (const row of document.querySelectorAll(`#runs tr[data-seed-of="${button.closest("tr").dataset.revision}"]`)) row.hidden = !open;
+}));
+byId("cost-axis").addEventListener("change", showCost);
 document.querySelectorAll("#runs input").forEach((box) => box.addEventListener("change", () => toggle(Number(box.value))));
 
 function drawAll() {
   return Promise.all([
     history("ppl", "test_ppl", "test ppl", 2, { type: "log" }),
     history("bits", "test_bits_per_byte", "test bits per byte", 3, { zero: false }),
+    showCost(),
     showSelected(),
   ]);
 }

@@ -96,7 +96,7 @@ def losses_of(model: GPT2LMHeadModel, split: Split, stride: int, settings) -> tu
     documents["tokens"], documents["nll"] = by_row[1].astype(np.int64), by_row[0]
     seen = by_position[1] > 0
     positions = {"position": np.flatnonzero(seen) + 1, "loss": by_position[0][seen] / by_position[1][seen]}
-    return documents[["document", "tokens", "bytes", "words", "nll"]], pd.DataFrame(positions)
+    return documents.reindex(columns=["document", "tokens", "bytes", "words", "nll"]), pd.DataFrame(positions)
 
 
 def sizes_of_rows(split: Split, group: int) -> pd.DataFrame:

@@ -1,105 +1,47 @@
-"""The report of a real project's history, read back in a real browser."""
+"""The report of a history, read back in a real browser."""
 
-import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tools import report
+from tools.runs import history
 
 import pytest
-from conftest import run
+from conftest import run, run_stage
+from made_runs import commit, made, repository, write
 from selenium.webdriver.support.ui import WebDriverWait
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1> \"'&"
 
 
-def commit(project: Path, message: str, ppl=None, bits=None, lock=(), **files: str) -> str:
-    """Commits other figures, recorded in dvc.lock as DVC would; `lock` holds (old, new) edits of it."""
-    if ppl is not None:
-        figures = json.loads((project / report.EVAL).read_text())
-        figures["test"].update(ppl=ppl, bits_per_byte=bits)
-        raw = json.dumps(figures, indent=2)
-        text = re.sub(rf"(path: {report.EVAL}\n +hash: md5\n +md5: )\w+", rf"\g<1>{md5(raw)}", lock_of(project))
-        (project / report.EVAL).write_text(raw)
-        (project / "dvc.lock").write_text(text)
-    for old, new in lock:
-        assert old in lock_of(project)
-        (project / "dvc.lock").write_text(lock_of(project).replace(old, new))
-    for name, text in files.items():
-        (project / "metrics" / name.replace("_md", ".md").replace("_csv", ".csv")).write_text(text)
-    run("git", "add", "-A", cwd=project)
-    run("git", "commit", "-q", "--allow-empty", "-m", message, cwd=project)
-    return head(project)
-
-
-def lock_of(project: Path) -> str:
-    return (project / "dvc.lock").read_text()
-
-
-def md5(text: str) -> str:
-    return hashlib.md5(text.encode()).hexdigest()
-
-
-def hash_of(project: Path, path: str) -> str:
-    return re.search(rf"path: {path}\n +hash: md5\n +md5: (\S+)", lock_of(project))[1]
-
-
-def head(project: Path) -> str:
-    return run("git", "rev-parse", "HEAD", cwd=project).stdout.strip()
-
-
-def rows(project: Path, monkeypatch):
-    monkeypatch.chdir(project)
-    return report.compared(report.history())
-
-
-def alone(built: Path, project: Path) -> Path:
-    """A copy of the built project whose history is one commit."""
-    shutil.copytree(built, project, ignore=shutil.ignore_patterns(".git"))
-    run("git", "init", "-q", "-b", "main", cwd=project)
-    run("git", "config", "user.email", "test@example.com", cwd=project)
-    run("git", "config", "user.name", "Test", cwd=project)
-    commit(project, "built")
-    return project
-
-
-@pytest.fixture
-def project(built, tmp_path) -> Path:
-    return alone(built, tmp_path / "project")
-
-
 @pytest.fixture(scope="session")
-def lived(built, tmp_path_factory) -> Path:
-    """The built project, a real experiment on it, then commits with other figures and a page of them all."""
-    project = alone(built, tmp_path_factory.mktemp("lived") / "project")
-    run("dvc", "exp", "run", "-q", "-n", "overlap", "-S", "evaluate.stride=8", cwd=project)
-    run("git", "checkout", "-q", "-f", "HEAD", cwd=project)
-    time.sleep(1)  # Git dates commits by the second, and what follows is to be newer
-    curve = (project / "metrics" / "valid.csv").read_text()
-    lower = re.sub(r",(\d)\.", lambda match: f",{int(match[1]) - 1}.", curve)
-    commit(project, "Twice the width", 41.25, 2.5, lock=[("n_embd: 16", "n_embd: 32")], valid_csv=lower)
-    commit(project, "Notes on the text")
-    tokenizer = hash_of(project, "models/tokenizer")
-    commit(
-        project,
-        HOSTILE,
-        999.5,
-        2.25,
-        lock=[(tokenizer, f"{'0' * 32}.dir"), ("vocab_size: 300", "vocab_size: 280")],
-        samples_md=f'# Samples\n\nPrompt: "{HOSTILE[:9]}"\n\n    {HOSTILE}\n',
-    )
+def lived(tmp_path_factory) -> Path:
+    """Two seeds, a change, another tokenizer with a hostile name, an experiment, another test text."""
+    project = tmp_path_factory.mktemp("lived") / "project"
+    project.mkdir()
+    repository(project)
+    (project / ".gitignore").write_text("report.html\n")
+    for seed in (1, 2):
+        commit(project, made(0.0001 * seed, seed, spread=0.002), f"Seed {seed}", width=16)
+    commit(project, made(-0.05, 1, spread=0.002), "Twice the width", width=32)
+    commit(project, made(-0.02, 1, spread=0.002, tokenizer="other"), HOSTILE, width=32, vocab=280)
+    run("git", "checkout", "-q", "--detach", cwd=project)
+    experiment = commit(project, made(-0.06, 1, spread=0.002), "dvc: commit", width=64)
+    run("git", "checkout", "-q", "main", cwd=project)
+    run("git", "update-ref", f"refs/exps/{experiment[:2]}/{experiment[2:]}/wide", experiment, cwd=project)
+    commit(project, made(-0.02, 1, text="other"), "Other text", width=32)
     return project
 
 
 @pytest.fixture(scope="session")
 def page(lived) -> Path:
-    done = run("python", "-m", "tools.report", cwd=lived)
-    assert str(lived / "report.html") in done.stdout
+    status, out, err = run_stage(lived, "tools.report")
+    assert status == 0 and str(lived / "report.html") in out, err
     assert run("git", "status", "--porcelain", cwd=lived).stdout == ""
     return lived / "report.html"
 
@@ -140,91 +82,77 @@ def select(browser, *numbers: int) -> None:
             box.click()
 
 
-def test_page_shows_the_figures_that_dvc_shows(opened, lived):
+def test_page_shows_the_committed_figures_newest_first(opened, lived):
     cells = opened.execute_script(
         "return [...document.querySelectorAll('#runs [data-figure]')]"
-        ".map((e) => [e.closest('tr').dataset.revision, e.dataset.figure, e.innerText])"
+        ".map((e) => [e.closest('tr').dataset.revision, e.dataset.figure, e.textContent])"
     )
     shown = {}
     for revision, figure, text in cells:
         shown.setdefault(revision, {})[figure] = float(text.replace(",", ""))
-    expected = {}
-    commits = json.loads(run("dvc", "metrics", "show", "--json", "--all-commits", cwd=lived).stdout)
-    for revision, found in commits.items():
-        if report.EVAL in found.get("data", {}):
-            expected[revision] = found["data"][report.EVAL]["data"]["test"]
-    for baseline in json.loads(run("dvc", "exp", "show", "--json", "-A", cwd=lived).stdout):
-        for experiment in baseline["experiments"] or []:
-            (revision,) = experiment["revs"]
-            expected[revision["rev"]] = revision["data"]["metrics"][report.EVAL]["data"]["test"]
-    assert len(shown) == 4
+    assert len(shown) == 6
     for revision, figures in shown.items():
-        assert figures["ppl"] == pytest.approx(expected[revision]["ppl"], abs=0.00501)
-        assert figures["bits"] == pytest.approx(expected[revision]["bits_per_byte"], abs=0.000501)
-    # Newest first, and a commit that left the figures alone has no row.
-    names = texts(opened, "#runs tbody .name b")
-    assert names == [HOSTILE, "Twice the width", "overlap", "built"]
+        expected = json.loads(run("git", "show", f"{revision}:metrics/eval.json", cwd=lived).stdout)["test"]
+        assert figures["ppl"] == pytest.approx(expected["ppl"], abs=0.00501)
+        assert figures["bits"] == pytest.approx(expected["bits_per_byte"], abs=0.000501)
+    names = texts(opened, "#runs tbody tr:not([hidden]) .name b")
+    assert set(names) == {"Other text", "wide", HOSTILE, "Twice the width", "Seed 2"}  # seed 1 is folded
 
 
-def test_rows_say_what_changed_and_whether_it_is_better(opened):
-    cells = [row.split("\t") for row in texts(opened, "#runs tbody tr")]
-    hostile, width, overlap, built = (" ".join(" ".join(row).split()) for row in cells)
-    assert "model.n_embd 16 → 32" in width
-    assert re.search(r"41\.25 ▼ −[\d.]+ better 2\.500 ▼ −[\d.]+ better", width)
-    assert "tokenizer.vocab_size 300 → 280" in hostile
-    # Another tokenizer: no word on ppl, only on bits per byte.
-    assert re.search(r"999\.50 ≠ tokenizer 2\.250 ▼ −0\.250 better", hostile)
-    assert "evaluate.stride null → 8" in overlap and overlap.count("≠ stride") == 2
-    assert "first figures" in built
+def row_with(browser, text: str) -> str:
+    return next(" ".join(row.split()) for row in texts(browser, "#runs tbody tr") if text in row)
+
+
+def test_rows_say_the_verdict_of_tools_compare_and_what_changed(opened, lived):
+    width = row_with(opened, "Twice the width")
+    assert re.search(r"better −0\.07\d+ beyond test documents and seeds", width) and "width 16 → 32" in width
+    out = run_stage(lived, "tools.compare", "HEAD~3", "HEAD~2", "--json")[1]
+    difference = json.loads(out)["sets"]["test"]["bits_per_byte"]["difference"]
+    assert f"{difference:.4f}".replace("-", "−") in width
+    assert "worse" in row_with(opened, HOSTILE[:9]) and "vocab new: 280" in row_with(opened, HOSTILE[:9])
+    assert "can't be compared the text of test differs" in row_with(opened, "Other text")
+    assert "experiment" in row_with(opened, "wide") and "first figures" not in row_with(opened, "wide")
     assert len(texts(opened, "#yardsticks tbody tr")) == 3
+    assert "2 % leaked" in width and "1 k parameters" in width
+
+
+def test_seeds_are_one_row_that_opens(opened):
+    assert "2 seeds: " in row_with(opened, "Seed 2") and "±" in row_with(opened, "Seed 2")
+    hidden = "return document.querySelectorAll('#runs tr[hidden]').length"
+    assert opened.execute_script(hidden) == 1
+    opened.find_element("css selector", "#runs .seeds").click()
+    assert opened.execute_script(hidden) == 0 and "first figures" in row_with(opened, "Seed 1")
+    opened.find_elements("css selector", "#runs th button")[2].click()  # by ppl: it stays below its group
+    names = texts(opened, "#runs tbody .name b")
+    assert names.index("Seed 1") == names.index("Seed 2") + 1
 
 
 def test_header_sorts_by_mouse_and_keyboard(opened):
-    figures = lambda: [float(text.replace(",", "")) for text in texts(opened, "#runs [data-figure=ppl]")]  # noqa: E731
-    header = opened.find_elements("css selector", "#runs th")[2]
+    shown = "#runs tr:not([hidden]) [data-figure=ppl]"
+    figures = lambda: [float(text.replace(",", "")) for text in texts(opened, shown)]  # noqa: E731
+    header = opened.find_elements("css selector", "#runs th")[3]
     header.find_element("css selector", "button").click()
     assert figures() == sorted(figures()) and header.get_attribute("aria-sort") == "ascending"
     header.find_element("css selector", "button").send_keys("\n")
     assert figures() == sorted(figures(), reverse=True) and header.get_attribute("aria-sort") == "descending"
-    assert len(opened.find_elements("css selector", "#runs th[aria-sort]")) == 1
 
 
 def test_selected_runs_are_drawn_and_compared(opened):
-    select(opened, 1, 3)
+    rows = texts(opened, "#runs tbody .name b")
+    select(opened, rows.index("Twice the width"), rows.index("Seed 2"))
     wait(opened, lambda: lines_drawn(opened, "curves") == 4)  # training and validation of two
     assert not opened.find_element("id", "warning").is_displayed()
-    assert len(texts(opened, "#samples th")) == 2
-    assert any("n_embd" in row and "16" in row and "32" in row for row in texts(opened, "#compare tbody tr"))
-    drawn = "return document.querySelector('#curves svg').outerHTML"
-    before = opened.execute_script(drawn)
-    select(opened, 1)
-    wait(opened, lambda: lines_drawn(opened, "curves") == 2)
-    assert opened.execute_script(drawn) != before
-    # Another tokenizer: the page says so, and draws bits per byte of validation alone.
-    select(opened, 0, 1)
-    warning = texts(opened, "#warning")[0]
-    assert "differ in tokenizer" in warning and "compare bits per byte" in warning
-    assert "bits per byte" in texts(opened, "#curves-title")[0]
-    wait(opened, lambda: lines_drawn(opened, "curves") == 2)
-    # Another stride: neither figure compares.
-    select(opened, 2, 3)
-    assert "bits per byte can't be compared either" in texts(opened, "#warning")[0]
-    select(opened)
-    assert opened.find_element("id", "none").is_displayed()
-
-
-def test_lines_over_time_break_where_ppl_cannot_be_compared(opened):
-    assert lines_drawn(opened, "ppl") == 1  # built and width; the newest has another tokenizer
-    points = "return document.querySelectorAll(`#${arguments[0]} .mark-symbol path`).length"
-    assert opened.execute_script(points, "ppl") >= 4
-    path = "return document.querySelector(`#${arguments[0]} .mark-line path`).getAttribute('d').split('L').length"
-    assert opened.execute_script(path, "ppl") == 2 and opened.execute_script(path, "bits") == 3
+    assert any("width" in row and "16" in row and "32" in row for row in texts(opened, "#compare tbody tr"))
+    select(opened, rows.index("Twice the width"), 0)
+    assert "different letters" in opened.find_element("id", "warning").text
+    # Axes show names, not hashes.
+    assert "Twice the width" in opened.execute_script("return document.querySelector('#bits svg').textContent")
 
 
 def test_page_is_safe_offline_and_quiet(opened):
     select(opened, 0, 1)
     assert opened.execute_script("return window.hacked") is None
-    assert any(HOSTILE in text for text in texts(opened, "#samples td"))
+    assert any(HOSTILE in text for text in texts(opened, "#runs .name b"))
     assert opened.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert [entry for entry in opened.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")] == []
 
@@ -244,12 +172,9 @@ def test_page_fits_a_phone_and_the_dark(opened):
     try:
         media("light")
         wait(opened, lambda: opened.execute_script("return document.documentElement.scrollWidth") == 360)
-        box = opened.execute_script(
-            "const box = document.querySelector('#runs').parentElement; return [box.scrollWidth, box.clientWidth]"
-        )
-        assert box[0] > box[1]
+        top = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+        assert opened.execute_script(top, "#runs tbody .change-cell") < opened.execute_script(top, "#runs tbody .name")
         assert light() > 600
-        wait(opened, lambda: opened.execute_script(label))
         before = opened.execute_script(label)
         media("dark")
         wait(opened, lambda: light() < 150 and opened.execute_script(label) not in (None, before))
@@ -259,114 +184,76 @@ def test_page_fits_a_phone_and_the_dark(opened):
 
 
 def test_uncommitted_figures_are_the_first_row(lived, tmp_path, monkeypatch):
+    run("git", "clone", "-q", str(lived), "project", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path / "project")
+    write(tmp_path / "project", made(-0.1, 1, text="other"), width=32)
+    rows = report.described(history((report.TRAIN, report.VALID, report.SAMPLES, report.CORPUS)))
+    assert rows[0]["run"].place == "workspace" and rows[0]["verdict"]["bits_per_byte"]["difference"] < 0
+    (tmp_path / "project/dvc.lock").unlink()
+    rows = report.described(history((report.TRAIN, report.VALID, report.SAMPLES, report.CORPUS)))
+    assert rows[0]["unknown"] == "no dvc.lock" and "unknown: no dvc.lock" in report.page(rows)
+
+
+def test_since_and_the_templates_own_history(tmp_path):
+    repository(tmp_path)
+    own, sample = {"data.train_file": "mine.txt"}, {"data.train_file": "data/sample/train.txt"}
+    commit(tmp_path, made(0.3), "the template's", **sample)
+    commit(tmp_path, made(0.2), "mine", **own)
+    commit(tmp_path, made(0.1), "mine again", **own)
+    assert "2 runs (1 on the sample text left out: --all)" in run_stage(tmp_path, "tools.report")[1]
+    assert ": 3 runs," in run_stage(tmp_path, "tools.report", "--all")[1]
+    assert ": 2 runs," in run_stage(tmp_path, "tools.report", "--since", "HEAD~1")[1]
+    status, _, err = run_stage(tmp_path, "tools.report", "--since", "nothing")
+    assert status == 1 and err == "error: --since: nothing: no such revision\n"
+
+
+def test_odd_histories(tmp_path, monkeypatch):
     project = tmp_path / "project"
-    run("git", "clone", "-q", str(lived), str(project), cwd=tmp_path)
-    figures = json.loads((project / report.EVAL).read_text())
-    figures["test"].update(ppl=900.0, bits_per_byte=2.0)
-    (project / report.EVAL).write_text(json.dumps(figures))
-    found = rows(project, monkeypatch)
-    assert found.iloc[0]["place"] == "workspace" and found.iloc[0]["parent"] == head(project)
-    # Nothing recorded these figures yet, so what made them isn't known.
-    assert found.iloc[0]["unknown"] == "dvc.lock records other figures"
-    (project / "dvc.lock").write_text(lock_of(project).replace(hash_of(project, report.EVAL), md5(json.dumps(figures))))
-    found = rows(project, monkeypatch)
-    assert found.iloc[0]["bits_change"] == -0.25 and found.iloc[0]["known"]
-
-
-def test_every_yardstick_is_seen(project, monkeypatch):
-    text = hash_of(project, "data/test.txt")
-    commit(project, "other text", 10.0, 1.0, lock=[(text, "1" * 32)])
-    commit(project, "lines", 11.0, 1.1, lock=[("document: blank_line", "document: line")])
-    commit(project, "stride", 12.0, 1.2, lock=[("stride:\n", "stride: 4\n")])
-    commit(project, "whole stride", 13.0, 1.3, lock=[("stride: 4\n", "stride: 16\n")])
-    found = rows(project, monkeypatch)[::-1]
-    both = [(row.ppl_differs, row.bits_differs) for row in found.itertuples()][1:]
-    assert both == [([words], [words]) for words in ("test text", "data.document", "stride", "stride")]
-    # A stride of block_size overlaps nothing, as null does.
-    assert list(found["letter"]) == ["A", "B", "C", "D", "C"]
-    assert [change["what"] for change in found.iloc[1]["changes"]] == ["data/test.txt"]
-
-
-def test_bits_of_a_tokenizer_that_loses_something_are_marked(project, monkeypatch):
-    figures = json.loads((project / "metrics/tokens.json").read_text())
-    figures["test"]["changed_documents"] = 3
-    other = [(hash_of(project, "models/tokenizer"), "ab" * 16)]
-    commit(project, "lossy", 10.0, 1.0, lock=other)
-    (project / "metrics/tokens.json").write_text(json.dumps(figures))
-    commit(project, "same tokenizer", 9.0, 0.9)
-    commit(project, "said", 8.0, 0.8)
-    found = rows(project, monkeypatch)[::-1]
-    assert list(found["inexact"]) == [False, False, True, True]
-    assert list(found["bits_differs"])[1:] == [[], [], []]  # neither says so, or the tokenizer is one
-    commit(project, "exact again", 11.0, 1.2, lock=[("ab" * 16, other[0][0])])
-    figures["test"]["changed_documents"] = 0
-    (project / "metrics/tokens.json").write_text(json.dumps(figures))
-    commit(project, "exact again, said", 11.1, 1.3)
-    found = rows(project, monkeypatch)
-    assert found.iloc[1]["bits_differs"] == ["what the tokenizer loses"]
-    text = report.page(found)
-    assert "bits not exact" in text
-    assert "Best bits per byte" in text and "<b>0.800</b>" not in text
-
-
-def test_odd_histories(project, monkeypatch, tmp_path):
-    first = head(project)
+    project.mkdir()
+    repository(project)
+    first = commit(project, made(0.5), "first")
     run("git", "checkout", "-q", "-b", "side", cwd=project)
-    side = commit(project, "side", 30.0, 3.0, lock=[("n_layer: 2\n", "n_layer: 3\n          n_wing: 1\n")])
+    side = commit(project, made(0.4), "side", wing=1)
     run("git", "checkout", "-q", "main", cwd=project)
-    main = commit(project, "main", 20.0, 2.0, lock=[("dropout: 0.0", "dropout_rate: 0.0")])
+    main = commit(project, made(0.3), "main", wing=2)
     run("git", "merge", "-q", "--no-commit", "-s", "ours", "side", cwd=project, check=False)
-    merged = commit(project, "merged", 10.0, 1.0)
-    (project / "dvc.lock").unlink()
-    (project / report.EVAL).write_text('{"test": {"ppl": NaN}}')
-    run("git", "rm", "-q", "metrics/samples.md", "metrics/valid.csv", cwd=project)
-    bare = commit(project, "no lock, a figure that is none")
-    (project / report.EVAL).unlink()
-    commit(project, "no figures")
-
-    found = rows(project, monkeypatch)
-    assert list(found.index[:2]) == [bare, merged] and set(found.index) == {bare, merged, main, side, first}
-    assert found.loc[merged, "merge"] and found.loc[merged, "parent"] == main
-    assert found.loc[main, "changes"] == [
-        {"what": "model.dropout", "old": "0.0", "new": None},
-        {"what": "model.dropout_rate", "old": None, "new": "0.0"},
-    ]
-    assert {change["what"] for change in found.loc[side, "changes"]} == {"model.n_layer", "model.n_wing"}
-    assert found.loc[bare, "unknown"] == "no dvc.lock" and found.loc[bare, "letter"] == "?"
-    assert "unknown: no dvc.lock" in report.page(found)
-
-    run("git", "checkout", "-q", "--detach", side, cwd=project)
-    found = rows(project, monkeypatch)
-    assert found.loc[side, "place"] == "here" and found.loc[main, "place"] == "elsewhere"
-
-    shallow = tmp_path / "shallow"
-    run("git", "clone", "-q", "--depth", "1", "-b", "side", project.as_uri(), str(shallow), cwd=tmp_path)
-    found = rows(shallow, monkeypatch)
-    assert list(found.index) == [side] and found.iloc[0]["cut"]
-    assert "git fetch --unshallow" in report.page(found)
+    merged = commit(project, made(0.2), "merged", wing=3)
+    (project / "metrics/eval.json").write_text('{"test": {"ppl": NaN}}')
+    run("git", "rm", "-q", "dvc.lock", "metrics/documents.csv", "metrics/details.json", cwd=project)
+    run("git", "commit", "-qam", "a figure that is none", cwd=project)
+    monkeypatch.chdir(project)
+    found = {run.name: run for run in history()}
+    assert found["merged"].merge and found["merged"].parent == main and found["side"].parent == first
+    assert found["a figure that is none"].unknown == "no dvc.lock"
+    rows = report.described(history((report.TRAIN, report.VALID, report.SAMPLES, report.CORPUS)))
+    assert rows[0]["letter"] == "?" and math.isnan(rows[0]["ppl"])
+    assert rows[0]["verdict"]["verdict"] == "can't be compared" and "unknown: no dvc.lock" in report.page(rows)
+    run("git", "clone", "-q", "--depth", "1", "-b", "side", project.as_uri(), "shallow", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path / "shallow")
+    (alone,) = history()
+    assert alone.revision == side and alone.cut and merged != side
 
 
-def test_hundreds_of_commits(project, monkeypatch):
-    lock, figures = lock_of(project), json.loads((project / report.EVAL).read_text())
-    recorded = hash_of(project, report.EVAL)
+def test_hundreds_of_commits(tmp_path, monkeypatch):
+    """A page of them all, each with its verdict."""
+    repository(tmp_path)
+    commit(tmp_path, made(0.5), "first")
     stream = []
-    for i in range(300):
-        figures["test"]["ppl"] = 100 - i / 10
-        raw = json.dumps(figures)
-        files = {
-            report.EVAL: raw,
-            "dvc.lock": lock.replace(recorded, md5(raw)).replace("lr: 0.004", f"lr: {i + 1}e-05"),
-        }
-        files["metrics/train.csv"] = f"step,tokens,train_loss\n1,64,{i}\n2,128,1\n"
+    for i in range(200):
+        write(tmp_path, made(0.001 * i, rows=59), lr=i)
+        files = [file for file in [*(tmp_path / "metrics").iterdir(), tmp_path / "dvc.lock"]]
         stream.append(f"commit refs/heads/main\ncommitter T <t@example.com> {2_000_000_000 + i} +0000\ndata 1\nc\n")
         stream.append("from refs/heads/main^0\n" if i == 0 else "")
-        stream += [f"M 644 inline {name}\ndata {len(text)}\n{text}\n" for name, text in files.items()]
-    subprocess.run(["git", "fast-import", "--quiet"], input="".join(stream), cwd=project, check=True, text=True)
-    run("git", "reset", "-q", "--hard", cwd=project)
-    found = rows(project, monkeypatch)
-    page = report.page(found)
-    assert len(found) == 301 and len(page) < 4e6
-    assert (found["ppl_change"].iloc[:299] == -0.1).all()
+        for file in files:
+            text = file.read_text()
+            stream.append(f"M 644 inline {file.relative_to(tmp_path)}\ndata {len(text)}\n{text}\n")
+    subprocess.run(["git", "fast-import", "--quiet"], input="".join(stream), cwd=tmp_path, check=True, text=True)
+    run("git", "reset", "-q", "--hard", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    rows = report.described(history((report.TRAIN, report.VALID, report.SAMPLES, report.CORPUS)))
+    page = report.page(rows)
+    assert all(row["verdict"]["bits_per_byte"]["difference"] > 0 for row in rows[:-2])
+    assert page.count("<tr data-revision") == 201 and len(page) < 4e6
 
 
 def test_mistakes_are_one_line(template, tmp_path):

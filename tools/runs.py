@@ -1,0 +1,289 @@
+"""Every run that Git knows: commits, DVC's experiments and the workspace, with their figures and what made them.
+
+A run is a commit or experiment that changed metrics/eval.json. Nothing is run again or pulled: all of it
+is in Git, and nothing is changed.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from stages.common.errors import UserError
+
+import numpy as np
+import pandas as pd
+import yaml
+
+EVAL = "metrics/eval.json"
+FILES = {
+    "eval": EVAL,
+    "details": "metrics/details.json",
+    "documents": "metrics/documents.csv",
+    "lock": "dvc.lock",
+    "run": "metrics/run.json",
+}
+WORKSPACE = "workspace"
+SAMPLE_TEXT = "data/sample/"
+SEED = "seed_everything"
+EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")
+
+
+@dataclass
+class Run:
+    """A run, as Git and DVC's files in it tell.
+
+    Args:
+        revision: full hash, or workspace.
+        parent: revision of the nearest earlier run, or None.
+        place: workspace, here (on this branch), experiment or elsewhere (on another branch).
+        name: of the experiment, else the commit's subject.
+        figures, details: eval.json and details.json, by set.
+        documents: by set, (rows, 5) float64: document, tokens, bytes, words, nll.
+        timing: run.json.
+        params, sources: values by dotted name and md5 by path (text and code) from dvc.lock.
+        unknown: why dvc.lock doesn't tell these, or None.
+        more: other files that the caller asked for, raw.
+    """
+
+    revision: str
+    parent: str | None
+    place: str
+    name: str
+    when: str = ""
+    author: str = ""
+    merge: bool = False
+    cut: bool = False
+    figures: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    documents: dict[str, np.ndarray] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    unknown: str | None = None
+    more: dict[str, bytes | None] = field(default_factory=dict)
+
+    @property
+    def short(self) -> str:
+        return self.revision if self.place == WORKSPACE else self.revision[:7]
+
+    @property
+    def label(self) -> str:
+        return self.name if self.place == "experiment" else WORKSPACE if self.place == WORKSPACE else self.short
+
+    @property
+    def seed(self) -> Any:
+        return self.params.get(SEED)
+
+    @cached_property
+    def recipe(self) -> str:
+        """What runs of the same settings, text and code share, whatever their seed; the revision when unknown."""
+        if self.unknown:
+            return self.revision
+        rest = {key: value for key, value in self.params.items() if key != SEED}
+        return json.dumps([rest, self.sources], sort_keys=True, default=str)
+
+    def number(self, name: str, key: str) -> float:
+        """A figure or detail of a set; NaN when it isn't there."""
+        return number({**self.part(self.details, name), **self.part(self.figures, name)}, key)
+
+    @staticmethod
+    def part(tree: Any, name: str) -> dict:
+        found = tree.get(name) if isinstance(tree, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def detail(self, name: str, key: str) -> Any:
+        return self.part(self.details, name).get(key)
+
+
+def git(*command: str, stdin: bytes | None = None) -> bytes:
+    done = subprocess.run(["git", *command], input=stdin, capture_output=True)
+    if done.returncode:
+        why = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise UserError(f"git {command[0]}: {why}")
+    return done.stdout
+
+
+def lines(*command: str) -> list[str]:
+    return git(*command).decode(errors="replace").splitlines()
+
+
+def exists(revision: str) -> bool:
+    command = ["git", "rev-parse", "--quiet", "--verify", "--end-of-options", f"{revision}^{{commit}}"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def history(more: tuple[str, ...] = (), revisions: tuple[str, ...] = (), since: str | None = None) -> list[Run]:
+    """All runs, newest first: the workspace if it has new figures, commits, experiments.
+
+    Args:
+        more: paths of files to read too.
+        revisions: commits that no branch here need have.
+        since: only what came after this revision, and its own run.
+    Raises:
+        UserError: this is no Git repository.
+    """
+    cut = lines("rev-parse", "--is-shallow-repository") == ["true"]
+    born = exists("HEAD")
+    named = {}
+    for line in lines("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps"):
+        revision, name = line.split(" ", 1)
+        if match := EXPERIMENT.fullmatch(name):
+            named[revision] = match[1]
+    here = set(lines("rev-list", "HEAD", "--", EVAL) if born else [])
+    old = set(lines("rev-list", since, "--", EVAL)[1:]) if since else set()
+    runs = []
+    for revision, parents, when, author, subject in log_of_figures([*named, *revisions]) if born else []:
+        if revision in old:
+            continue
+        place = "here" if revision in here else "experiment" if revision in named else "elsewhere"
+        parents, name = parents.split(), named.get(revision) or subject or "(no message)"
+        row = Run(revision, parents[0] if parents else None, place, name, when, author, len(parents) > 1)
+        row.cut = cut and not parents
+        runs.append(row)
+    files = {**FILES, **{name: name for name in more}}
+    contents = read_files([run.revision for run in runs] + ["HEAD"] * born, files)
+    runs = [run for run in runs if read(run, next(contents))]
+    at_head = next(contents) if born else {}
+    workspace = {name: Path(path).read_bytes() if Path(path).is_file() else None for name, path in files.items()}
+    if workspace["eval"] and workspace["eval"] != at_head.get("eval"):
+        newest = next((run.revision for run in runs if run.place == "here"), None)
+        run = Run(WORKSPACE, newest, WORKSPACE, "not committed")
+        read(run, workspace)
+        runs.insert(0, run)
+    return runs
+
+
+def log_of_figures(more: list[str]) -> Iterator[list[str]]:
+    """Hash, parents, date, author and subject of each commit that changed the figures, newest first."""
+    # --parents makes %P the nearest earlier commits that changed the file.
+    fields = ("%H", "%P", "%cd", "%aN", "%s")
+    shape = ["--no-show-signature", "--encoding=UTF-8", "--date=format:%Y-%m-%d %H:%M"]
+    what = [f"--format={'%x00'.join(fields)}", "HEAD", "--branches", "--stdin", "--", EVAL]
+    log = git("log", "-z", "--date-order", "--parents", *shape, *what, stdin="\n".join(more).encode())
+    parts = log.decode(errors="replace").removesuffix("\0").split("\0")
+    for i in range(0, len(parts) - 1, len(fields)):
+        yield parts[i : i + len(fields)]
+
+
+def read_files(revisions: list[str], files: dict[str, str]) -> Iterator[dict[str, bytes | None]]:
+    """The files of one revision after the other, None where one is missing, all from one Git process."""
+    with tempfile.TemporaryFile() as names:
+        names.writelines(f"{revision}:./{path}\n".encode() for revision in revisions for path in files.values())
+        names.seek(0)
+        command = ["git", "cat-file", "--batch"]
+        with subprocess.Popen(command, stdin=names, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            for _ in revisions:
+                yield {name: read_object(process.stdout) for name in files}
+
+
+def read_object(stream: io.BufferedReader) -> bytes | None:
+    header = stream.readline().split()
+    if not header or header[-1] == b"missing":
+        return None
+    content = stream.read(int(header[-1]))
+    stream.read(1)
+    return content
+
+
+def read(run: Run, files: dict[str, bytes | None]) -> bool:
+    """Fills a run from its files; False when it has no figures (the commit that removed them)."""
+    if not files["eval"]:
+        return False
+    run.figures, run.details, run.timing = (read_json(files[name]) or {} for name in ("eval", "details", "run"))
+    run.documents = read_documents(files["documents"])
+    run.unknown, run.params, run.sources = read_lock(files["lock"], files["eval"])
+    run.more = {name: content for name, content in files.items() if name not in FILES}
+    return True
+
+
+def read_json(raw: bytes | None) -> Any:
+    try:
+        return json.loads(raw or b"null")
+    except ValueError:
+        return None
+
+
+def read_documents(raw: bytes | None) -> dict[str, np.ndarray]:
+    try:
+        table = pd.read_csv(io.BytesIO(raw or b""), dtype={"set": "category"})
+        numbers = table[["document", "tokens", "bytes", "words", "nll"]].to_numpy(float)
+        sets = table["set"].cat
+    except (ValueError, KeyError, AttributeError):
+        return {}
+    codes = sets.codes.to_numpy()
+    return {str(name): numbers[codes == i] for i, name in enumerate(sets.categories)}
+
+
+def number(tree: Any, *keys: str) -> float:
+    """A figure in a tree of figures; NaN when it isn't there or isn't a finite number."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return float(tree) if isinstance(tree, int | float) and math.isfinite(tree) else math.nan
+
+
+def read_lock(raw: bytes | None, figures: bytes) -> tuple[str | None, dict[str, Any], dict[str, str]]:
+    """Why nothing is known or None, settings by dotted name, md5 by path of what no stage made."""
+    if raw is None:
+        return "no dvc.lock", {}, {}
+    try:
+        stages = read_yaml(raw)["stages"].values()
+        hashes, params, outs = {}, {}, set()
+        for stage in stages:
+            for entry in stage.get("deps", []) + stage.get("outs", []):
+                hashes[entry["path"]] = entry.get("md5")
+            outs.update(entry["path"] for entry in stage.get("outs", []))
+            for file in stage.get("params", {}).values():
+                flatten(file or {}, "", params)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return "dvc.lock can't be read", {}, {}
+    if hashes.get(EVAL) != hashlib.md5(figures, usedforsecurity=False).hexdigest():
+        return "dvc.lock records other figures", {}, {}
+    made = {path for path in hashes if any(path == out or path.startswith(f"{out}/") for out in outs)}
+    return None, params, {path: md5 for path, md5 in hashes.items() if path not in made}
+
+
+@cache
+def read_yaml(raw: bytes) -> Any:
+    return yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def flatten(tree: Any, prefix: str, into: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flatten(value, f"{prefix}{key}.", into)
+        else:
+            into[f"{prefix}{key}"] = value
+
+
+def find(name: str, runs: list[Run]) -> Run:
+    """The run of a revision or experiment: its own, or the nearest one before it.
+
+    Raises:
+        UserError: there is none.
+    """
+    for run in runs:
+        if name == WORKSPACE and run.place in (WORKSPACE, "here") or run.place == "experiment" and run.name == name:
+            return run
+    if name != WORKSPACE and not exists(name):
+        raise UserError(
+            f"{name}: no such revision or experiment here: `git fetch`, or `dvc exp pull origin {name}`, brings one"
+        )
+    by_revision = {run.revision: run for run in runs}
+    found = [] if name == WORKSPACE else lines("rev-list", "-1", name, "--", EVAL)
+    if not found or found[0] not in by_revision:
+        raise UserError(f"{name}: has no figures: run `dvc repro`, then `git add -A` and `git commit`")
+    return by_revision[found[0]]
+
+
+def revisions_of(names: list[str]) -> tuple[str, ...]:
+    """The commits that names stand for, of those that are revisions."""
+    return tuple(lines("rev-parse", f"{name}^{{commit}}")[0] for name in names if name != WORKSPACE and exists(name))
