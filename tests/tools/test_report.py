@@ -240,7 +240,7 @@ def test_hundreds_of_commits(tmp_path, monkeypatch):
     commit(tmp_path, made(0.5), "first")
     stream = []
     for i in range(200):
-        write(tmp_path, made(0.001 * i, rows=59), lr=i)
+        write(tmp_path, made(0.001 * i, rows=59, spread=0.0), lr=i)
         files = [file for file in [*(tmp_path / "metrics").iterdir(), tmp_path / "dvc.lock"]]
         stream.append(f"commit refs/heads/main\ncommitter T <t@example.com> {2_000_000_000 + i} +0000\ndata 1\nc\n")
         stream.append("from refs/heads/main^0\n" if i == 0 else "")
