@@ -1,7 +1,7 @@
 """How sure a figure is: the bootstrap over documents that evaluate and `python -m tools.compare` share."""
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from scipy import stats
@@ -13,6 +13,13 @@ DRAWS = 10_000
 def draws(rows: int) -> np.ndarray:
     """How often each row is in each of DRAWS resamples: (DRAWS, rows) float32."""
     return stats.multinomial.rvs(rows, np.full(rows, 1 / rows), size=DRAWS, random_state=0).astype(np.float32)
+
+
+@lru_cache(maxsize=32)
+def resampled(weight: bytes) -> np.ndarray:
+    """(DRAWS,) sums of float32 weights in each resample: runs on the same documents share them."""
+    weights = np.frombuffer(weight, np.float32)
+    return draws(len(weights)) @ weights
 
 
 @cache
@@ -33,7 +40,6 @@ def interval(total: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
             difference: that makes it a paired bootstrap.
         weight: (rows,) what the nats are counted by: bytes or tokens.
     """
-    counts = draws(len(weight))
-    ratios = (counts @ total.astype(np.float32)) / (counts @ weight.astype(np.float32))
+    ratios = (draws(len(weight)) @ total.astype(np.float32)) / resampled(weight.astype(np.float32).tobytes())
     low, high = np.quantile(ratios, levels(len(weight)))
     return float(low), float(high)
