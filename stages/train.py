@@ -4,6 +4,7 @@ Interrupted, it goes on from its last checkpoint in models/checkpoints/ at the n
 same settings and data.
 """
 
+import math
 import re
 import signal
 import sys
@@ -14,11 +15,12 @@ from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
 from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
+from stages.model.optimizers import cooldown_start
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
 from stages.training.best import BestWeights
-from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, training_lock
-from stages.training.data import Blocks
+from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, step_of, training_lock
+from stages.training.data import Blocks, optimizer_steps
 from stages.training.history import History
 from stages.training.identity import run_identity
 from stages.training.model_card import model_card
@@ -30,6 +32,7 @@ from stages.watch.summary import print_summary, write_run_figures
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from transformers import GPT2LMHeadModel
 
 
 def main() -> None:
@@ -37,17 +40,10 @@ def main() -> None:
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
-    tokenizer = load_tokenizer(TOKENIZER)
-    check_data(settings, train, valid, tokenizer.fingerprint)
-
-    pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
-    if settings.model.from_pretrained is None:
-        model = gpt2.new_model(settings.model, train.vocab_size, tokenizer.end_of_text)
-    else:
-        model = gpt2.pretrained_model(settings.model, tokenizer)
+    model = first_model(settings, train, valid)
     identity = run_identity(settings, train, valid)
     best, history = BestWeights(), History()
-    checkpoints = Checkpoints(identity, tokenizer.fingerprint, settings.runtime, best)
+    checkpoints = Checkpoints(identity, train.tokenizer, settings.runtime, best)
     module = LanguageModel(model, settings)
     blocks = Blocks(train, valid, settings)
     trainer = make_trainer(settings, best, [history, Live(history), checkpoints])
@@ -56,8 +52,14 @@ def main() -> None:
     vars(model.config).pop("precision", None)  # of the model that is trained further
     if trainer.precision in AUTOCAST:
         model.config.precision = trainer.precision  # so that the evaluation computes alike
+    steps = optimizer_steps(trainer, (len(train.tokens) - 1) // blocks.T // blocks.batch_size)
+    total = settings.optimizer.num_training_steps or steps
+    # A training that ends before its warm-up takes a shorter one, which is no other's trunk.
+    if settings.optimizer.schedule == "wsd" and settings.optimizer.num_warmup_steps < total < math.inf:
+        cooldown = cooldown_start(total, settings.optimizer)
+        checkpoints.share_trunk(run_identity(settings, train, valid, trunk=True), cooldown)
 
-    fit(trainer, module, blocks, checkpoints, history, identity)
+    fit(trainer, module, blocks, checkpoints, history, identity, steps)
 
     if trainer.is_global_zero:
         with new_folder(MODEL) as folder:
@@ -71,6 +73,20 @@ def main() -> None:
         figures = write_run_figures(trainer, model.num_parameters(), checkpoints, history)
         print_summary(checkpoints, valid, figures, trainer.loggers[0].log_dir)
     trainer.strategy.barrier("exported")
+
+
+def first_model(settings: Settings, train: Split, valid: Split) -> GPT2LMHeadModel:
+    """The model before its first step.
+
+    Raises:
+        UserError: blocks, tokenizer, settings and a pretrained model don't fit each other.
+    """
+    tokenizer = load_tokenizer(TOKENIZER)
+    check_data(settings, train, valid, tokenizer.fingerprint)
+    pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
+    if settings.model.from_pretrained is None:
+        return gpt2.new_model(settings.model, train.vocab_size, tokenizer.end_of_text)
+    return gpt2.pretrained_model(settings.model, tokenizer)
 
 
 def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str) -> None:
@@ -100,7 +116,15 @@ def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str)
         )
 
 
-def fit(trainer, module: LanguageModel, blocks: Blocks, checkpoints: Checkpoints, history: History, identity: str):
+def fit(
+    trainer,
+    module: LanguageModel,
+    blocks: Blocks,
+    checkpoints: Checkpoints,
+    history: History,
+    identity: str,
+    steps: float,
+) -> None:
     """Trains to the end, from the run's newest checkpoint where there is one.
 
     Raises:
@@ -114,7 +138,11 @@ def fit(trainer, module: LanguageModel, blocks: Blocks, checkpoints: Checkpoints
         if trainer.is_global_zero:
             parameters, tokens = module.model.num_parameters(), len(blocks.train.tokens)
             print(f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens", flush=True)
-            if resume:
+            if resume and resume.name.startswith("trunk"):
+                done = step_of(resume)
+                rest = f"{steps - done:,} steps to train in place of {steps:,}"
+                print(f"going on from step {done:,} of the trunk: {rest}", flush=True)
+            elif resume:
                 print(f"going on from {resume}", flush=True)
         if resume == checkpoints.final:
             checkpoints.load_final(history)

@@ -113,10 +113,13 @@ class Optimizer(Group):
     batch_size: Count = about("blocks in one forward and backward pass, over all devices together")
     weight_decay: PositiveOrZero = about("decoupled weight decay of matrices (biases, norms and vectors have none)")
     betas: Betas = about("AdamW's decay rates of the running gradient and its square")
-    schedule: Literal["cosine", "linear", "constant"] = about("what follows the warm-up: cosine, linear or constant")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = about(
+        "what follows the warm-up: cosine, linear, constant, or wsd (constant, then a cooldown that falls as 1 - sqrt)"
+    )
+    decay_fraction: Probability = about("wsd: the last share of the steps, in which the learning rate falls")
     num_warmup_steps: CountOrZero = about("optimizer steps of linear warm-up from 0 to lr")
     num_training_steps: Count | None = about("optimizer steps of the whole schedule; null: as many as the trainer does")
-    min_lr_ratio: Fraction = about("where cosine and linear end, as a fraction of lr")
+    min_lr_ratio: Fraction | None = about("where the schedule ends, as a fraction of lr; null: 0.1, and 0 for wsd")
 
 
 class Evaluate(Group):
@@ -149,6 +152,7 @@ class Runtime(Group):
     enable_progress_bar: bool = about("show the progress line")
     checkpoint_every_n_steps: CountOrZero = about("optimizer steps between two resume checkpoints; 0: none by steps")
     checkpoint_every_n_minutes: PositiveOrZero = about("minutes between two resume checkpoints; 0: none by time")
+    keep_trunks: CountOrZero = about("wsd: how many checkpoints from the start of a cooldown to keep, the newest ones")
     profiler: Literal["simple", "advanced"] | None = about("Lightning's profiler: simple, advanced or null")
     num_sanity_val_steps: CountOrZero = about("validation batches to try before training")
 

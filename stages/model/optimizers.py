@@ -40,9 +40,21 @@ def lr_factor(step: int, total: float, settings) -> float:
         return (step + 1) / settings.num_warmup_steps
     if settings.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - settings.num_warmup_steps) / max(1, total - settings.num_warmup_steps))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1 - done
-    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * shape
+    wsd = settings.schedule == "wsd"
+    first, least = (cooldown_start(total, settings), 0.0) if wsd else (settings.num_warmup_steps, 0.1)
+    least = least if settings.min_lr_ratio is None else settings.min_lr_ratio
+    done = min(1.0, max(0, step - first) / max(1, total - first))
+    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "wsd": 1 - math.sqrt(done)}
+    return least + (1 - least) * shapes[settings.schedule]
+
+
+def cooldown_start(total: float, settings) -> int:
+    """The optimizer step, counted from 0, with which the cooldown of schedule wsd begins.
+
+    Until then the learning rate doesn't depend on `total` (Hägele et al. 2024, https://arxiv.org/abs/2405.18392,
+    whose cooldown is 1 - sqrt too).
+    """
+    return max(settings.num_warmup_steps, total - max(1, round(settings.decay_fraction * total)))
 
 
 class Muon(torch.optim.Optimizer):

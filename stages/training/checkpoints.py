@@ -2,6 +2,10 @@
 
 A run has a folder there. Its name starts the run's identity, a hash of all the settings, data and
 code that decide the run's result, so that only the same run goes on from it.
+
+With schedule wsd, what comes before the cooldown, the trunk, has a folder of its own: its identity
+leaves out where training ends. Runs of any length go on from its checkpoints, and trunk-*.ckpt, from
+the start of a cooldown, stay for them.
 """
 
 import fcntl
@@ -141,6 +145,8 @@ class Checkpoints(Callback):
     def __init__(self, identity: str, tokenizer: str, settings: Any, best: BestWeights):
         self.folder, self.identity, self.tokenizer = CHECKPOINTS / identity[:16], identity, tokenizer
         self.final = self.folder / "final.ckpt"
+        self.trunk, self.trunk_identity, self.cooldown = None, None, -1
+        self.keep_trunks, self.ended = settings.keep_trunks, False
         self.every_steps = settings.checkpoint_every_n_steps
         self.every_seconds = settings.checkpoint_every_n_minutes * 60
         self.best, self.signals = best, Signals()
@@ -149,17 +155,29 @@ class Checkpoints(Callback):
         self.last_validation = float("inf")  # seconds; how long the first one takes isn't known
         self.random = None
 
+    def share_trunk(self, identity: str, cooldown: int) -> None:
+        """Steps up to the start of the cooldown are of this identity."""
+        self.trunk, self.trunk_identity, self.cooldown = CHECKPOINTS / identity[:16], identity, cooldown
+
+    def resumable(self) -> list[Path]:
+        """Checkpoints that this run can go on from, the newest first."""
+        own = [*self.folder.glob("final.ckpt"), *sorted(self.folder.glob("step-*.ckpt"), reverse=True)]
+        trunk = [path for path in self.trunk.glob("*-*.ckpt") if step_of(path) <= self.cooldown] if self.trunk else []
+        return own + sorted(trunk, key=step_of, reverse=True)
+
     def newest(self, trainer: Trainer) -> Path | None:
         """The newest whole checkpoint of this very run; damaged ones are passed over."""
         if trainer.is_global_zero:
-            for unfinished in self.folder.glob(".*.tmp"):
-                unfinished.unlink()
-        for path in [*self.folder.glob("final.ckpt"), *sorted(self.folder.glob("step-*.ckpt"), reverse=True)]:
+            for folder in filter(None, (self.folder, self.trunk)):
+                for unfinished in folder.glob(".*.tmp"):
+                    unfinished.unlink()
+        for path in self.resumable():
+            identity = self.trunk_identity if path.parent == self.trunk else self.identity
             try:
                 with zipfile.ZipFile(path) as archive:
                     if damaged := archive.testzip():
                         raise ValueError(f"{damaged} doesn't match its checksum")
-                if torch.load(path, map_location="cpu", weights_only=True)["identity"] != self.identity:
+                if torch.load(path, map_location="cpu", weights_only=True)["identity"] != identity:
                     raise ValueError("it belongs to another run")
                 return path
             except Exception as error:  # a damaged file can fail in any way
@@ -170,7 +188,8 @@ class Checkpoints(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # What it takes to be resumed by its own run only, and to be measured on its own.
-        checkpoint |= {"identity": self.identity, "tokenizer": self.tokenizer}
+        shared = trainer.global_step <= self.cooldown and not self.ended
+        checkpoint |= {"identity": self.trunk_identity if shared else self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,6 +228,7 @@ class Checkpoints(Callback):
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         due = due or self.every_seconds and elapsed >= self.every_seconds
         due = due or self.long_validation(trainer) and internals.validation_follows(trainer, batch_idx)
+        due = due or self.keep_trunks and trainer.global_step == self.cooldown
         if (due or received) and trainer.global_step > self.last_step:
             self.save(trainer)
         if received:
@@ -226,11 +246,17 @@ class Checkpoints(Callback):
         finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step:09d}.ckpt")
-        self.last_step, self.last_saved = trainer.global_step, time.monotonic()
+        step = trainer.global_step
+        folder = self.trunk if step <= self.cooldown else self.folder
+        kind = "trunk" if self.keep_trunks and step == self.cooldown else "step"
+        trainer.save_checkpoint(folder / f"{kind}-{step:09d}.ckpt")
+        self.last_step, self.last_saved = step, time.monotonic()
         if trainer.is_global_zero:
-            for old in sorted(self.folder.glob("step-*.ckpt"))[:-KEPT]:
+            trunks = sorted(CHECKPOINTS.glob("*/trunk-*.ckpt"), key=os.path.getmtime)
+            for old in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *trunks[: -self.keep_trunks or None]]:
                 old.unlink()
+                if not any(old.parent.iterdir()):
+                    old.parent.rmdir()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.validation_started = time.monotonic()
@@ -250,8 +276,11 @@ class Checkpoints(Callback):
             internals.validate(trainer)  # val_check_interval need not divide the steps, but the last weights count too
         if self.best.step is None:  # without validation, the last weights are the best known
             self.best.keep(trainer)
-        self.steps = trainer.global_step
+        self.steps, self.ended = trainer.global_step, True
         trainer.save_checkpoint(self.final)
+        if self.trunk and trainer.is_global_zero:
+            for served in self.trunk.glob("step-*.ckpt"):
+                served.unlink()
         self.seconds += time.monotonic() - self.started
 
     def load_final(self, history: History) -> None:
@@ -259,6 +288,11 @@ class Checkpoints(Callback):
         checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
         for callback in (self, self.best, history):
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint was made after: step-000000050.ckpt, trunk-000000050.ckpt."""
+    return int(path.stem.split("-")[1])
 
 
 def machine() -> dict[str, Any]:

@@ -64,6 +64,19 @@ class LateLoader(DataLoader):
         yield from super().__iter__()
 
 
+def optimizer_steps(trainer: pl.Trainer, batches: int) -> float:
+    """Optimizer steps of a whole training, before it begins: what Lightning's estimated_stepping_batches then says.
+
+    Args:
+        batches: of an epoch.
+    """
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+    ends = [steps for steps in (trainer.max_steps, by_epochs) if steps > 0]
+    return min(ends, default=math.inf)
+
+
 class Blocks(pl.LightningDataModule):
     """The batches of training and validation."""
 

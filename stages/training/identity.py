@@ -18,10 +18,27 @@ import yaml
 ROOT = Path(__file__).parents[2]
 
 
-def run_identity(settings: Settings, train: Split, valid: Split) -> str:
-    """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work."""
+# What decides where a training ends, and nothing before its cooldown.
+HORIZON = {
+    "optimizer": ("num_training_steps", "decay_fraction", "min_lr_ratio"),
+    "trainer": ("max_epochs", "max_steps"),
+}
+
+
+def run_identity(settings: Settings, train: Split, valid: Split, trunk: bool = False) -> str:
+    """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work.
+
+    Args:
+        settings: all settings.
+        train, valid: the token streams.
+        trunk: of what comes before the cooldown of schedule wsd: of all but the horizon.
+    """
     plain = settings.plain()
     decides = {key: plain[key] for key in ("model", "optimizer", "trainer", "seed_everything")}
+    callbacks = decides["trainer"]["callbacks"] or []
+    if trunk and not any(map(may_know_horizon, callbacks if isinstance(callbacks, list) else [callbacks])):
+        for group, keys in HORIZON.items():
+            decides[group] = {key: value for key, value in decides[group].items() if key not in keys}
     for key in ("devices", "num_nodes", "strategy", "logger"):
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
@@ -31,6 +48,11 @@ def run_identity(settings: Settings, train: Split, valid: Split) -> str:
         with weights.open("rb") as file:
             decides[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def may_know_horizon(callback: dict) -> bool:
+    """Whether what a callback does may depend on where training ends: of the user's own nothing is known."""
+    return not callback["class_path"].startswith("pytorch_lightning.callbacks.")
 
 
 def code_digest(root: Path = ROOT) -> str:

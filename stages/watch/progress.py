@@ -122,7 +122,7 @@ def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
 
 def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
     """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint."""
-    step = resume.stem.removeprefix("step-") if resume else "0"
+    step = resume.stem.split("-")[-1] if resume else "0"
     # TensorBoard hides what was logged after the checkpoint before: it happens again.
     first = int(step) + 1 if step.isdigit() else None
     tensorboard = TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first)

@@ -54,6 +54,8 @@ def expected_rate(step: int, steps: int, schedule: str, warmup: int, peak: float
     done = (step - 1 - warmup) / (steps - warmup)
     if schedule == "linear":
         return peak - (1 - least) * peak * done
+    if schedule == "wsd":  # of 18 steps the last 20 %, 4, are the cooldown
+        return peak * (least + (1 - least) * (1 - math.sqrt(max(0, step - 15) / 4)))
     if schedule == "cosine":
         return least * peak + (1 - least) * peak * (1 + math.cos(math.pi * done)) / 2
     return peak
@@ -91,7 +93,13 @@ def independent_training(seen, rates: list[float], accumulate: int, clip: float 
 
 @pytest.mark.parametrize(
     "schedule, accumulate, clip, decay",
-    [("cosine", 1, 0.05, 0.1), ("linear", 1, None, 0.5), ("constant", 3, 0.02, 0.0), ("cosine", 2, None, 0.1)],
+    [
+        ("cosine", 1, 0.05, 0.1),
+        ("linear", 1, None, 0.5),
+        ("constant", 3, 0.02, 0.0),
+        ("cosine", 2, None, 0.1),
+        ("wsd", 1, None, 0.1),
+    ],
 )
 def test_training_is_what_a_plain_loop_computes(files, schedule, accumulate, clip, decay):
     seen = train(

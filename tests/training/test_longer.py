@@ -1,0 +1,67 @@
+"""A training made longer ends with the bytes of one trained from nothing to the new length."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from test_resume import digests, signal_when, train_here
+
+WSD = [
+    *("--optimizer.schedule", "wsd", "--model.block_size", "64", "--optimizer.batch_size", "4"),
+    *("--trainer.val_check_interval", "0.4", "--runtime.enable_progress_bar", "false"),
+]
+MUON = ["--optimizer.name", "muon", "--model.dropout", "0.2", "--trainer.accumulate_grad_batches", "3"]
+LENGTHS = {"epochs": WSD, "muon": [*WSD, *MUON]}
+
+
+def trunks(project: Path) -> list[int]:
+    return sorted(int(path.stem.split("-")[1]) for path in project.glob("models/checkpoints/*/trunk-*.ckpt"))
+
+
+def train_in_pieces(monkeypatch, project: Path, every: int, *arguments: str) -> int:
+    """Trains to the end, stopped by SIGTERM after each `every` steps; returns how often."""
+    stops = 0
+    while True:
+        with monkeypatch.context() as patch:
+            seen = []
+
+            def due(trainer, *_, seen=seen):
+                seen.append(trainer.global_step)
+                return seen[-1] >= seen[0] + every
+
+            signal_when(patch, "on_train_batch_end", due)
+            status = train_here(patch, project, *arguments)
+        if status == 0:
+            return stops
+        assert status == 128 + signal.SIGTERM
+        stops += 1
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_longer_trainings(built, tmp_path, monkeypatch, capsys, name):
+    """1, 2 and 3 epochs, then fewer steps, then another cooldown: each as if it had been trained from nothing."""
+    project = shutil.copytree(built, tmp_path / "project")
+    shutil.rmtree(project / "models/gpt2")
+    lengths = [
+        ("--trainer.max_epochs", "1"),
+        ("--trainer.max_epochs", "2"),
+        ("--trainer.max_epochs", "3"),
+        ("--trainer.max_epochs", "3", "--optimizer.decay_fraction", "0.15", "--optimizer.min_lr_ratio", "0.1"),
+        ("--trainer.max_epochs", "null", "--trainer.max_steps", "31"),
+    ]
+    for i, length in enumerate(lengths):
+        arguments = [*LENGTHS[name], *length]
+        capsys.readouterr()
+        stops = train_in_pieces(monkeypatch, project, 1000 if i % 2 else 4, *arguments)
+        printed = capsys.readouterr().out
+        assert i % 2 or stops > 0
+        if 0 < i < 4:
+            assert "of the trunk: " in printed, length
+        whole = shutil.copytree(built, tmp_path / f"whole-{i}")
+        assert train_here(monkeypatch, whole, *arguments) == 0
+        assert "going on" not in capsys.readouterr().out
+        assert digests(project) == digests(whole), length
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(whole)
+    assert len(trunks(project)) == 2
