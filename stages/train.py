@@ -31,6 +31,7 @@ from stages.watch.summary import print_summary, write_run_figures
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from transformers import GPT2LMHeadModel
 
@@ -54,8 +55,11 @@ def main() -> None:
         model.config.precision = trainer.precision  # so that the evaluation computes alike
     steps = optimizer_steps(trainer, (len(train.tokens) - 1) // blocks.T // blocks.batch_size)
     total = settings.optimizer.num_training_steps or steps
-    # A training that ends before its warm-up takes a shorter one, which is no other's trunk.
-    if settings.optimizer.schedule == "wsd" and settings.optimizer.num_warmup_steps < total < math.inf:
+    # A training that ends before its warm-up takes a shorter one, which is no other's trunk; and where the batches
+    # of a step vary, the steps aren't known yet.
+    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
+    shares = settings.optimizer.schedule == "wsd" and not varies
+    if shares and settings.optimizer.num_warmup_steps < total < math.inf:
         cooldown = cooldown_start(total, settings.optimizer)
         checkpoints.share_trunk(run_identity(settings, train, valid, trunk=True), cooldown)
 
