@@ -1,0 +1,215 @@
+"""What a training does against its definition, written out: Muon, betas, clipping, history, checkpoints, identity."""
+
+import json
+import math
+import os
+import re
+import signal
+from types import SimpleNamespace
+
+from stages.common.settings import load
+from stages.model import gpt2, optimizers
+from stages.training import checkpoints, history, identity, module
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import run_stage
+from test_training import SHORT, expected_rate, files, train  # noqa: F401
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+def orthogonal(update: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz of Jordan et al. (2024): five steps towards singular values of 1."""
+    update = update / update.norm()
+    for _ in range(5):
+        square = update @ update.T
+        update = 3.4445 * update - 4.7750 * square @ update + 2.0315 * square @ square @ update
+    return update
+
+
+def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate=1, clip=None) -> tuple[dict, list]:
+    """The last weights and each step's mean loss of a training in float64 with transformers' own model.
+
+    Args:
+        muon: whether matrices inside the layers are Muon's (step size of Liu et al., 2025); the rest is AdamW's.
+        clip: the largest absolute value of a gradient's element.
+    """
+    vocabulary, width = seen.first["transformer.wte.weight"].shape
+    config = GPT2Config(vocab_size=vocabulary, n_positions=16, n_layer=2, n_head=2, n_embd=width,
+                        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    model.load_state_dict(seen.first)
+    model.double()
+    first, second, losses = {}, {}, []
+    for t, rate in enumerate(rates, 1):
+        parts = seen.batches[(t - 1) * accumulate : t * accumulate]
+        total = 0.0
+        for batch in parts:
+            scores = model(batch[:, :-1]).logits
+            loss = F.cross_entropy(scores.reshape(-1, vocabulary), batch[:, 1:].reshape(-1)) / accumulate
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                grad = p.grad if clip is None else p.grad.clamp(-clip, clip)
+                if not re.search(r"bias|ln_", name):
+                    p *= 1 - rate * decay
+                if muon and p.ndim == 2 and ".h." in name:
+                    first[name] = 0.95 * first.get(name, 0) + 0.05 * grad
+                    p -= rate * 0.2 * math.sqrt(max(p.shape)) * orthogonal(0.95 * first[name] + 0.05 * grad)
+                else:
+                    first[name] = betas[0] * first.get(name, 0) + (1 - betas[0]) * grad
+                    second[name] = betas[1] * second.get(name, 0) + (1 - betas[1]) * grad.square()
+                    root = (second[name] / (1 - betas[1] ** t)).sqrt() + 1e-8
+                    p -= rate * (first[name] / (1 - betas[0] ** t)) / root
+                p.grad = None
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize(
+    "settings, definition",
+    [
+        (["--optimizer.name", "muon", "--optimizer.weight_decay", "0.5"], {"muon": True, "decay": 0.5}),
+        (["--optimizer.betas", "[0.7, 0.8]", "--optimizer.weight_decay", "0.0"], {"betas": (0.7, 0.8)}),
+        (
+            ["--trainer.gradient_clip_val", "0.002", "--trainer.gradient_clip_algorithm", "value",
+             "--trainer.accumulate_grad_batches", "3", "--optimizer.weight_decay", "0.0"],
+            {"clip": 0.002, "accumulate": 3},
+        ),
+    ],
+    ids=["muon", "betas", "clip by value and accumulate"],
+)  # fmt: skip
+def test_training_is_its_definition(files, monkeypatch, settings, definition):  # noqa: F811
+    monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: False)
+    if "clip" not in definition:
+        settings = [*settings, "--trainer.gradient_clip_val", "null"]
+    accumulate = definition.get("accumulate", 1)
+    seen = train(
+        files,
+        *("--optimizer.schedule", "cosine", "--optimizer.num_warmup_steps", "2", "--optimizer.min_lr_ratio", "0.2"),
+        *("--trainer.precision", "32-true", "--trainer.limit_train_batches", "12", *settings),
+    )
+    steps = 12 // accumulate
+    rates = [expected_rate(step, steps, "cosine", 2, 4e-3, 0.2) for step in range(1, steps + 1)]
+    last, losses = plain_loop(seen, rates, **definition)
+    for name, weight in seen.last.items():
+        moved = (last[name] - seen.first[name]).norm()
+        assert (weight - last[name]).norm() < 0.02 * moved, name
+    # The history's loss is the mean over all that a step saw.
+    assert list(pd.read_csv(files / "metrics/train.csv").train_loss) == pytest.approx(losses, rel=1e-3)
+    card = (files / "models/gpt2/README.md").read_text()
+    assert f"{24 * 16 * accumulate:,} tokens" in card
+    valid = pd.read_csv(files / "metrics/valid.csv")
+    assert f"weights of step {valid.step[valid.valid_loss.argmin()]:,}," in card
+
+
+def test_dropout_differs_at_each_step():
+    """The same weights and batch: another loss at another step, and the same one when it is done again."""
+    shape = SimpleNamespace(block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
+    model = gpt2.new_model(shape, 50, 0).train()
+
+    def at(step: int) -> float:
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=step))
+        trainer = SimpleNamespace(fit_loop=loop, world_size=1)
+        settings = SimpleNamespace(model=shape, seed_everything=1)
+        me = SimpleNamespace(trainer=trainer, settings=settings, model=model, loss=gpt2.loss,
+                             global_rank=0, loss_is_monitored=False)  # fmt: skip
+        return module.LanguageModel.training_step(me, torch.arange(34).view(2, 17), 0).item()
+
+    assert at(1) != at(2) and at(1) == at(1)
+
+
+def test_compile_compiles(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: ("compiled", function))
+    for on in (True, False):
+        me = module.LanguageModel(torch.nn.Linear(1, 1), SimpleNamespace(model=SimpleNamespace(compile=on)))
+        assert me.loss == (("compiled", gpt2.loss) if on else gpt2.loss)
+
+
+def test_checkpoints_by_the_clock(files, monkeypatch):  # noqa: F811
+    """A step of this clock takes 25 seconds: with one minute between them, every third step makes a checkpoint."""
+    clock, saved = [0.0], []
+    save, end = checkpoints.Checkpoints.save, history.History.on_train_batch_end
+
+    def tick(self, *rest):
+        clock[0] += 25
+        end(self, *rest)
+
+    monkeypatch.setattr(history.History, "on_train_batch_end", tick)
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(checkpoints, "LONG_VALIDATION_SECONDS", float("nan"))
+    monkeypatch.setattr(
+        checkpoints.Checkpoints, "save", lambda self, trainer: (saved.append(trainer.global_step), save(self, trainer))
+    )
+    for minutes, expected in ((1, [3, 6, 9]), (0, [])):
+        saved.clear()
+        status, _, err = run_stage(
+            files, "train", *SHORT, "--trainer.limit_train_batches", "11", "--seed_everything", str(minutes),
+            *("--runtime.checkpoint_every_n_minutes", str(minutes), "--runtime.checkpoint_every_n_steps", "0"),
+        )  # fmt: skip
+        assert status == 0, err
+        assert saved == expected
+
+
+def test_sigusr1_stops_and_goes_on(files, monkeypatch):  # noqa: F811
+    """SLURM's warning before it kills."""
+    end = history.History.on_train_batch_end
+
+    def warned(self, trainer, *rest):
+        end(self, trainer, *rest)
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(history.History, "on_train_batch_end", warned)
+        status, _, err = run_stage(files, "train", *SHORT)
+    assert status == 128 + signal.SIGUSR1 and "stopped by SIGUSR1 at step 4" in err
+    status, out, err = run_stage(files, "train", *SHORT)
+    assert status == 0 and "step-000000004.ckpt" in out, err
+
+
+def test_what_a_run_is(built, tmp_path, monkeypatch):
+    """Data, versions, settings and pretrained weights are part of it; how many devices share the work is not."""
+    monkeypatch.chdir(built)
+
+    def of(*arguments: str, train="a", valid="b", tokenizer="c") -> str:
+        splits = (SimpleNamespace(sha256=sha256, tokenizer=tokenizer) for sha256 in (train, valid))
+        return identity.run_identity(load("stages.train", "", argv=list(arguments)), *splits)
+
+    plain = of()
+    assert of() == plain == of("--trainer.devices", "2", "--runtime.num_workers", "1")
+    for other in ({"train": "x"}, {"valid": "x"}, {"tokenizer": "x"}):
+        assert of(**other) != plain
+    for setting in (("model.dropout", "0.3"), ("optimizer.lr", "1e-3"), ("optimizer.betas", "[0.8, 0.9]"),
+                    ("trainer.max_epochs", "3"), ("seed_everything", "5")):  # fmt: skip
+        assert of(f"--{setting[0]}", setting[1]) != plain
+    for library in (torch, pl, np, transformers):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0.0.0")
+            assert of() != plain, library
+    weights = tmp_path / "pretrained/model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    one = of("--model.from_pretrained", str(weights.parent))
+    weights.write_bytes(b"two")
+    assert of("--model.from_pretrained", str(weights.parent)) != one
+
+
+def test_a_checkpoint_of_another_tokenizer_is_not_measured(built, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(built / "models/gpt2")
+    meta = json.loads((built / "data/blocks/meta.json").read_text())
+    checkpoint = {"gpt2_config": model.config.to_dict(), "state_dict": model.state_dict()}
+    torch.save(checkpoint | {"tokenizer": "another"}, tmp_path / "other.ckpt")
+    status, out, err = run_stage(built, "evaluate", "--model", str(tmp_path / "other.ckpt"))
+    assert status == 1 and "was trained with another tokenizer" in err and not out
+    torch.save(checkpoint | {"tokenizer": meta["tokenizer"]}, tmp_path / "same.ckpt")
+    status, out, err = run_stage(built, "evaluate", "--model", str(tmp_path / "same.ckpt"))
+    assert status == 0, err
+    expected = json.loads((built / "metrics/eval.json").read_text())["test"]["loss"]
+    assert json.loads(out)["test"]["loss"] == pytest.approx(expected, rel=1e-6)
