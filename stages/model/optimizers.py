@@ -48,7 +48,7 @@ def lr_factor(step: int, total: float, settings) -> float:
     return least + (1 - least) * shapes[settings.schedule]
 
 
-def cooldown_start(total: float, settings) -> int:
+def cooldown_start(total: float, settings) -> float:
     """The optimizer step, counted from 0, with which the cooldown of schedule wsd begins.
 
     Until then the learning rate doesn't depend on `total` (Hägele et al. 2024, https://arxiv.org/abs/2405.18392,

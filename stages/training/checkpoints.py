@@ -247,7 +247,7 @@ class Checkpoints(Callback):
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
         step = trainer.global_step
-        folder = self.trunk if step <= self.cooldown else self.folder
+        folder = self.trunk if self.trunk and step <= self.cooldown else self.folder
         kind = "trunk" if self.keep_trunks and step == self.cooldown else "step"
         trainer.save_checkpoint(folder / f"{kind}-{step:09d}.ckpt")
         self.last_step, self.last_saved = step, time.monotonic()
