@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import PassThroughProfiler
-from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
 
@@ -111,3 +111,18 @@ def clips_itself(optimizer: Any) -> None:
     """Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself,
     as PyTorch's fused AdamW does."""
     optimizer._step_supports_amp_scaling = False
+
+
+def saves_whole_weights(strategy: FSDPStrategy) -> bool:
+    """Whether FSDP's checkpoints are one file; nothing public says what it was made with."""
+    return strategy._state_dict_type == "full"
+
+
+class QuickAttributes(pl.LightningModule):
+    """Lightning sets `_current_fx_name` 40 times a step, and a Module first looks for parameters of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)

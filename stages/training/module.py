@@ -10,7 +10,6 @@ from stages.model.optimizers import lr_factor, make_optimizer
 from stages.training import lightning_internals as internals
 from stages.training.history import valid_metrics
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
@@ -30,7 +29,7 @@ def with_room_after_warmup(settings: Optimizer, total: float, say: bool) -> Opti
     return settings.model_copy(update={"num_warmup_steps": steps})
 
 
-class LanguageModel(pl.LightningModule):
+class LanguageModel(internals.QuickAttributes):
     """A GPT-2 and how its loss is computed and its weights are updated."""
 
     valid_loss: float
@@ -44,13 +43,6 @@ class LanguageModel(pl.LightningModule):
         # FSDP leaves flat parts of them later.
         self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
         self.nll = self.predicted = 0.0
-
-    def __setattr__(self, name: str, value) -> None:
-        # Private to Lightning, which sets it 40 times a step, and a Module first looks for parameters.
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     def on_fit_start(self) -> None:
         self.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in self.trainer.callbacks)

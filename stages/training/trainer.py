@@ -108,7 +108,7 @@ def check_processes(trainer: pl.Trainer, settings) -> None:
             raise UserError(
                 "optimizer.name: muon needs whole matrices, and fsdp splits them: set adamw, or strategy ddp"
             )
-        if strategy._state_dict_type != "full":
+        if not internals.saves_whole_weights(strategy):
             raise UserError("trainer.strategy: state_dict_type must be full: checkpoints are files")
 
 

@@ -12,8 +12,7 @@ from stages import train
 from stages.common import errors
 
 import pytest
-from conftest import ROOT, set_params
-from faults import digests
+from conftest import ROOT, digests, set_params
 
 TABLE = re.findall(
     r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
@@ -26,7 +25,7 @@ BASE = [
     "runtime.checkpoint_every_n_minutes=0",
 ]
 EVERY = "--runtime.checkpoint_every_n_steps=3"
-MADE = ("models/gpt2/", "metrics/train.csv", "metrics/valid.csv")
+MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
 
 
 def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) -> int:
@@ -77,7 +76,7 @@ def fresh(built, tmp_path_factory) -> Path:
 
 
 def made(project: Path) -> dict[str, str]:
-    return {name: digest for name, digest in digests(project).items() if name.startswith(MADE)}
+    return digests(project, *MADE)
 
 
 def copy_of(fresh: Path, target: Path) -> Path:

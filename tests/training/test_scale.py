@@ -127,6 +127,26 @@ def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
     same_training(project, alone)
 
 
+def test_three_processes_go_on_with_the_same_bytes(project, tmp_path):
+    """Of three numbers the order of a sum matters, and DDP would change it after a process's first step."""
+    set_params(
+        project,
+        *("trainer.accelerator=cpu", "trainer.devices=3", "trainer.strategy=ddp", "optimizer.batch_size=6"),
+        *("trainer.max_steps=12", "trainer.callbacks=[{class_path: probe.Stop}]"),
+    )
+    command = (sys.executable, "-m", "stages.train")
+    whole = shutil.copytree(project, tmp_path / "whole")
+    processes = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="5")]
+    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in processes]
+    assert processes[0].returncode == 0, output
+    assert "stopped by SIGTERM at step 5" in stopped, stopped
+    process = start(*command, cwd=project)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "going on from" in output, output
+    for name in ("models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"):
+        assert (project / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 def test_two_nodes_stop_together_and_go_on(project, alone):
     """torchrun on two "machines" that share the project's folder; SIGTERM reaches only one of them."""
     set_params(project, "trainer.accelerator=cpu", "trainer.num_nodes=2", "runtime.checkpoint_every_n_steps=20")
