@@ -37,7 +37,6 @@ WEIGHTS = {
     "optimizer.num_warmup_steps": "4",
     "optimizer.num_training_steps": "20",
     "optimizer.min_lr_ratio": "0.5",
-    "trainer.max_epochs": "1",
     "trainer.max_steps": "5",
     "trainer.precision": "bf16-mixed",
     "trainer.accumulate_grad_batches": "2",
@@ -97,6 +96,11 @@ def test_other_weights(files, plain, key):
     assert changed["models/gpt2/model.safetensors"] != plain["models/gpt2/model.safetensors"]
 
 
+def test_trainer__max_epochs(files, plain):
+    steps = [made(files, "--trainer.max_steps=-1", f"--trainer.max_epochs={epochs}")[0] for epochs in (1, 2)]
+    assert len({digest["models/gpt2/model.safetensors"] for digest in (plain, *steps)}) == 3
+
+
 def test_trainer__val_check_interval(files, plain):
     changed, _ = made(files, "--trainer.val_check_interval=3")
     assert changed["metrics/valid.csv"] != plain["metrics/valid.csv"]
@@ -138,7 +142,7 @@ def test_trainer__deterministic(files, monkeypatch):
 
 def test_trainer__accelerator(files):
     status, _, err = run_stage(files, "train", *SHORT, "--trainer.accelerator=tpu")
-    assert status == 1 and "tpu" in err.lower()
+    assert status == 1 and err.startswith("error: trainer: ")
 
 
 def test_runtime__num_workers(files, plain, monkeypatch):
@@ -164,12 +168,12 @@ def test_runtime__checkpoint_every(files, plain, monkeypatch, key, value):
     saved = counted(monkeypatch, AtomicCheckpointIO, "save_checkpoint")
     off = "--runtime.checkpoint_every_n_minutes=0"
     assert made(files, off)[0] == plain
-    names = [Path(arguments[2]).name for arguments in saved]
-    assert names == ["final.ckpt"]
+    names = {Path(arguments[2]).name for arguments in saved}  # one may be made before the first validation
     saved.clear()
     assert made(files, off, f"--runtime.{key}={value}")[0] == plain
-    steps = [int(Path(arguments[2]).stem[5:]) for arguments in saved if "step-" in str(arguments[2])]
-    assert steps == ([3, 6] if key == "checkpoint_every_n_steps" else [1, 2, 3, 4, 5, 6, 7])
+    more = {Path(arguments[2]).name for arguments in saved} - names
+    steps = (3, 6) if key == "checkpoint_every_n_steps" else range(1, 8)
+    assert more == {f"step-{step:09d}.ckpt" for step in steps} - names
 
 
 def test_runtime__profiler(files, plain, monkeypatch):

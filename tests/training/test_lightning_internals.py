@@ -180,7 +180,9 @@ from stages.training import lightning_internals as internals
 class Watched(Small):
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == 1:
-            print("laid out anew:", self.trainer.strategy.model.reducer._rebuild_buckets(), flush=True)
+            anew = self.trainer.strategy.model.reducer._rebuild_buckets()
+            if self.trainer.is_global_zero:
+                print("laid out anew:", anew, flush=True)
 for keep in (True, False):
     trainer = trainer_of(strategy="ddp", devices=2, max_steps=2, limit_val_batches=0)
     if keep:
@@ -196,4 +198,4 @@ def test_buckets_are_kept(tmp_path):
     done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     # What DDP does unless it is told not to: when it doesn't any more, this fails, and keep_buckets() can go.
-    assert re.findall("anew: (True|False)", done.stdout) == ["False", "False", "True", "True"]
+    assert re.findall("anew: (True|False)", done.stdout) == ["False", "True"]
