@@ -11,6 +11,7 @@ figures stand in stages/model/scoring.py.
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from stages.common.devices import device_of
@@ -47,7 +48,7 @@ def main() -> None:
     if settings.options.model is not None:
         model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
         model.to(device)
-        with fresh_blocks(settings.data, test_sets(settings.data), tokenizer_folder) as splits:
+        with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
             scores = {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
         print(json.dumps({name: figures | details for name, (figures, details, _) in scores.items()}, indent=2))
         return
@@ -58,7 +59,7 @@ def main() -> None:
     if train.tokenizer != tokenizer.fingerprint:
         raise UserError(f"{BLOCKS} was made by another tokenizer than {MODEL}'s: run `dvc repro`")
     figures, details, tables = {}, {}, {}
-    for name in test_sets(settings.data):
+    for name in test_sets(file.stem for file in BLOCKS.glob("*.json") if file.stem != "meta"):
         split = load_split(name)
         figures[name], details[name], tables[name] = figures_of(model, split, settings.evaluate)
         details[name]["unigram_ppl"] = unigram_ppl(train, split)
@@ -78,9 +79,9 @@ def main() -> None:
     print(f"figures: {METRICS}/eval.json   samples: {METRICS}/samples.md   plots: `dvc plots show`")
 
 
-def test_sets(data) -> list[str]:
+def test_sets(splits: Iterable[str]) -> list[str]:
     """What is measured: test, the named test sets, valid."""
-    return ["test", *(name for name in sources_of(data) if name not in SPLITS), "valid"]
+    return ["test", *sorted(set(splits).difference(SPLITS)), "valid"]
 
 
 def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:

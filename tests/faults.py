@@ -32,7 +32,16 @@ from conftest import digests, small_project
 
 CHAIN = 5
 # Training is where most is at stake, so it is drawn as often as three others together.
-STAGES = ["sample_corpus", "train_tokenizer", "tokenize_blocks", "train", "train", "train", "evaluate"]
+STAGES = [
+    "sample_corpus",
+    "prepare_corpus",
+    "train_tokenizer",
+    "tokenize_blocks",
+    "train",
+    "train",
+    "train",
+    "evaluate",
+]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]  # SIGINT to dvc alone: it waits for its stage
 TARGETS = ["the stage", "dvc and the stage", "dvc"]
 DAMAGES = [
@@ -42,7 +51,7 @@ DAMAGES = [
     "a pickle with code in it",
     "a checkpoint with code in it",
 ]
-OUTPUTS = ["data/sample", "data/blocks", "models/tokenizer", "models/gpt2", "metrics"]
+OUTPUTS = ["data/sample", "data/corpus", "data/blocks", "models/tokenizer", "models/gpt2", "metrics"]
 TRAINING = [
     "model.dropout=0.1",
     "trainer.max_epochs=6",
