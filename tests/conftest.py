@@ -175,6 +175,14 @@ def built(template, tmp_path_factory) -> Path:
     return project
 
 
+def train_inputs(built: Path, project: Path) -> Path:
+    """A folder with what the train stage reads, and nothing that it made."""
+    for name in ("data/blocks", "models/tokenizer"):
+        shutil.copytree(built / name, project / name)
+    shutil.copy(built / "params.yaml", project)
+    return project
+
+
 @pytest.fixture
 def project(built, tmp_path) -> Path:
     """A copy of the built project that a test may change."""

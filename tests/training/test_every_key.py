@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from conftest import ROOT, digests, run_stage
+from conftest import ROOT, digests, run_stage, train_inputs
 
 SHORT = [
     "--model.block_size=64",
@@ -51,8 +51,6 @@ ELSEWHERE = {
     "trainer.num_nodes": "test_scale.py",
     "trainer.strategy": "test_scale.py",
     "optimizer.decay_fraction": "test_longer.py",
-    "optimizer.ema_decay": "test_longer.py",
-    "optimizer.embedding_lr_ratio": "test_longer.py",
     "runtime.keep_trunks": "test_longer.py",
 }
 
@@ -60,11 +58,7 @@ ELSEWHERE = {
 @pytest.fixture(scope="module")
 def files(built, tmp_path_factory) -> Path:
     """What the train stage reads."""
-    project = tmp_path_factory.mktemp("keys") / "project"
-    for name in ("data/blocks", "models/tokenizer"):
-        shutil.copytree(built / name, project / name)
-    shutil.copy(built / "params.yaml", project)
-    return project
+    return train_inputs(built, tmp_path_factory.mktemp("keys") / "project")
 
 
 def made(project: Path, *arguments: str) -> tuple[dict[str, str], str]:

@@ -12,7 +12,7 @@ from stages import train
 from stages.common import errors
 
 import pytest
-from conftest import ROOT, digests, set_params
+from conftest import ROOT, digests, set_params, train_inputs
 
 TABLE = re.findall(
     r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
@@ -66,10 +66,7 @@ def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) 
 @pytest.fixture(scope="module")
 def fresh(built, tmp_path_factory) -> Path:
     """What the train stage reads: few blocks, so that an epoch is a dozen steps."""
-    project = tmp_path_factory.mktemp("every") / "project"
-    for name in ("data/blocks", "models/tokenizer"):
-        shutil.copytree(built / name, project / name)
-    shutil.copy(built / "params.yaml", project)
+    project = train_inputs(built, tmp_path_factory.mktemp("every") / "project")
     set_params(project, *BASE)
     shutil.copy(ROOT / "tests/probe.py", project / "my_callbacks.py")
     return project

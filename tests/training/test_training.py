@@ -21,7 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run, run_stage, set_params
+from conftest import ROOT, run, run_stage, set_params, train_inputs
 from transformers import GPT2Config, GPT2LMHeadModel
 
 # Few blocks, so that a run is over in a second.
@@ -31,11 +31,7 @@ SHORT = ["--model.block_size", "16", "--optimizer.batch_size", "24", "--trainer.
 @pytest.fixture
 def files(built, tmp_path):
     """What the train stage reads, and nothing that it made."""
-    project = tmp_path / "project"
-    for name in ("data/blocks", "models/tokenizer"):
-        shutil.copytree(built / name, project / name)
-    shutil.copy(built / "params.yaml", project)
-    return project
+    return train_inputs(built, tmp_path / "project")
 
 
 def train(project, *arguments: str, **probe):
