@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of find_unused_parameters, which is set on purpose
+
 if importlib.util.find_spec("jsonargparse") is None:
     for folder in (Path.cwd(), *Path.cwd().parents):
         python = folder / ".venv/bin/python"

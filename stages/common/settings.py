@@ -335,6 +335,10 @@ def check_trainer(values: dict[str, Any], given: dict[str, tuple[str, str]]) -> 
     """The trainer group, each value as Lightning's Trainer takes it."""
     if values.get("precision") == "auto":
         values = values | {"precision": auto_precision(values.get("accelerator", "auto"))}
+    for key, value in values.items():
+        kind = known_settings()[f"trainer.{key}"][0]
+        if value is None and "null" not in words(kind):  # jsonargparse takes it for any type
+            raise UserError(f"{place_of(f'trainer.{key}', given)}: got null, must be {words(kind)}")
     try:
         return trainer_parser().parse_object({"trainer": values}).trainer
     except ArgumentError:
