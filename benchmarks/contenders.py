@@ -4,6 +4,10 @@ The working directory is a project with params.yaml and data/blocks/. All of the
 blocks in the same order, in the same shape, batch, precision and number of threads.
 """
 
+import os
+import pickle
+import runpy
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -23,6 +27,7 @@ from stages.training.module import LanguageModel
 from stages.training.trainer import quiet_libraries
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -88,7 +93,7 @@ def own_step(settings) -> None:
         update={"optimizer": settings.optimizer.model_copy(update={"num_training_steps": 100_000})}
     )
     module = LanguageModel(model, settings).to(DEVICE)
-    module.loss_is_monitored = False
+    module.loss_is_monitored, module.trainer = False, pl.Trainer(logger=False, enable_checkpointing=False)
     parts = module.configure_optimizers()
     step = count()
     take_turns(
@@ -125,6 +130,30 @@ def compact_loop(settings, compiled: bool) -> Iterator[Tensor]:
     return loop(
         settings, model, lambda batch: forward(batch[:, :-1], batch[:, 1:]), make_optimizer(model, settings.optimizer)
     )
+
+
+def nanogpt(settings) -> None:
+    """train.py of a checkout of nanoGPT that the environment variable NANOGPT names, as it is: it clips once a step."""
+    split, shape, checkout = load_split("train"), settings.model, Path(os.environ["NANOGPT"])
+    data = Path("data/nanogpt")
+    data.mkdir()
+    for name in ("train", "val"):
+        split.tokens.astype(np.uint16).tofile(data / f"{name}.bin")
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": split.vocab_size}))
+    shutil.copy(checkout / "configurator.py", ".")
+    bf16 = settings.trainer.precision == "bf16-mixed"
+    given = {
+        **{name: getattr(shape, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")},
+        **{"dataset": "nanogpt", "batch_size": settings.optimizer.batch_size, "gradient_accumulation_steps": 1},
+        **{"eval_iters": 1, "eval_interval": 10**9, "compile": False, "device": DEVICE.type, "max_iters": 10**9},
+        **{"dtype": "bfloat16" if bf16 else "float32", "log_interval": settings.runtime.log_every_n_steps},
+        **{"learning_rate": settings.optimizer.lr, "beta2": settings.optimizer.betas[1]},
+    }
+    turns, clip = Turns(), torch.nn.utils.clip_grad_norm_
+    torch.nn.utils.clip_grad_norm_ = lambda *arguments: (turns.next_step(), clip(*arguments))[1]
+    sys.path.insert(0, str(checkout))
+    sys.argv = ["train.py", *(f"--{name}={value}" for name, value in given.items())]
+    runpy.run_path(str(checkout / "train.py"), run_name="__main__")
 
 
 def transformers_trainer(settings) -> None:
@@ -287,6 +316,7 @@ CONTENDERS = {
     "own_step": own_step,
     "transformers_eager": lambda settings: take_turns(transformers_loop(settings, compiled=False)),
     "transformers_compiled": lambda settings: take_turns(transformers_loop(settings, compiled=True)),
+    "nanogpt": nanogpt,
     "transformers_trainer": transformers_trainer,
     "compact_eager": lambda settings: take_turns(compact_loop(settings, compiled=False)),
     "compact_compiled": lambda settings: take_turns(compact_loop(settings, compiled=True)),

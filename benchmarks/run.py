@@ -20,6 +20,7 @@ from typing import Literal
 
 from benchmarks.contenders import matrix_flops
 from benchmarks.turns import ROOT, Contender, interleave
+from stages.common.devices import auto_precision
 
 import pandas as pd
 import torch
@@ -31,8 +32,9 @@ RESULTS = ROOT / "benchmarks" / "results.md"
 CUDA = torch.cuda.is_available()
 
 BARS = ["bar", "median", "wanted", ""]
-SMALL = {"tokenizer.algorithm": "byte", "model.block_size": 64, "optimizer.batch_size": 12}
-WIDE = {
+FLOAT32 = {"trainer.precision": "32-true"}
+SMALL = FLOAT32 | {"tokenizer.algorithm": "byte", "model.block_size": 64, "optimizer.batch_size": 12}
+WIDE = FLOAT32 | {
     "tokenizer.vocab_size": 8192,
     "model.block_size": 256,
     "model.n_layer": 6,
@@ -50,14 +52,15 @@ GPT2 = {
 }
 SHAPES = {
     "default": {},
+    "default-fp32": FLOAT32,
     "byte": SMALL,
     "wide": WIDE,
     "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed", "model.compile": True},
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
     "gpt2-medium": GPT2 | {"model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "optimizer.batch_size": 8},
 }
-Shape = Literal["default", "byte", "wide", "wide-bf16", "gpt2", "gpt2-medium"]
-HERE: list[Shape] = ["default", "byte", "wide", "wide-bf16", *(["gpt2", "gpt2-medium"] if CUDA else [])]
+Shape = Literal["default", "default-fp32", "byte", "wide", "wide-bf16", "gpt2", "gpt2-medium"]
+HERE: list[Shape] = ["default", "default-fp32", "byte", "wide", "wide-bf16", *(["gpt2", "gpt2-medium"] if CUDA else [])]
 
 TURNS = {"callbacks": [{"class_path": "benchmarks.turns.TakesTurns"}]}
 
@@ -76,6 +79,7 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
             params["trainer"] |= TURNS | {"max_epochs": 100}  # it must not end before the last round
             write_params(folder, params)
             names = ["transformers_eager", "transformers_compiled", "compact_eager", "compact_compiled"]
+            names += ["nanogpt"] if "NANOGPT" in os.environ else []
             bare = [contender(name, folder) for name in ("own_step", *names, "transformers_trainer")]
             products = [contender("matrix_product", folder)]
             if not CUDA and params["trainer"]["precision"] == "32-true":
@@ -105,7 +109,7 @@ def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
         ]
         for name, values in tokens.items()
     ]
-    peers = {name: tokens[name] for name in tokens if name.startswith(("transformers_e", "transformers_c", "compact"))}
+    peers = {name: tokens[name] for name in tokens if name.startswith(("transformers_e", "transformers_c", "compact", "nanogpt"))}
     fastest = max(peers, key=lambda name: statistics.median(peers[name]))
     utilisation = statistics.median(ratios([v * flops for v in own], peaks["matrix_product"]))
     bar = 0.7 if params["trainer"]["precision"] == "bf16-mixed" or C < 384 else 0.95
@@ -371,6 +375,7 @@ def project(shape: str, megabytes: int = 0):
     """A temporary folder with the sample corpus, or so much text, as token blocks; and its params."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["optimizer"] |= {"name": "adamw", "lr": 1e-3}  # as the peers have it
+    params["trainer"]["precision"] = auto_precision("auto")
     for key, value in SHAPES[shape].items():
         group, leaf = key.split(".")
         params[group][leaf] = value

@@ -141,7 +141,7 @@ def fit(
         trainer.loggers = [*make_loggers(identity, resume), *trainer.loggers]  # and the users'
         if trainer.is_global_zero:
             parameters, tokens = module.model.num_parameters(), len(blocks.train.tokens)
-            print(f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens", flush=True)
+            print(f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens, {trainer.precision}", flush=True)
             if resume and resume.name.startswith("trunk"):
                 done = step_of(resume)
                 rest = f"{steps - done:,} steps to train in place of {steps:,}"

@@ -33,6 +33,7 @@ SMALL = [
     "optimizer.batch_size=4",
     "optimizer.num_warmup_steps=2",
     "trainer.max_epochs=2",
+    "trainer.precision=32-true",  # what is compared with an independent computation is compared to its last digits
     "generate.max_new_tokens=8",
 ]
 
