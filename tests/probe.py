@@ -1,4 +1,4 @@
-"""A user's own Lightning callback: the tests name it by class_path, to see a training from outside."""
+"""A user's own Lightning callbacks and logger: the tests name them by class_path, to see a training from outside."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
 
 
 class Probe(Callback):
@@ -72,3 +73,20 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Lines(Logger):
+    """Writes what it is told as lines of JSON."""
+
+    name, version = "lines", 0
+
+    def __init__(self, file: str):
+        super().__init__()
+        self.file = Path(file)
+
+    def log_hyperparams(self, params, *rest, **more) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")

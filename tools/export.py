@@ -17,7 +17,7 @@ from stages.common.files import new_folder
 from stages.common.settings import Group, about, load
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
-from stages.model.scoring import token_losses
+from stages.model.scoring import MAX_LOG, token_losses
 from stages.text.streams import fresh_blocks
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
 
@@ -141,7 +141,7 @@ def compare(model: GPT2LMHeadModel, tokenizer: TextTokenizer, tokenizer_folder: 
         T, batch_size = model.config.n_positions, settings.evaluate.batch_size
         nll = sum(part[2].astype(np.float64).sum() for part in token_losses(model, split, T, batch_size))
         its_nll = file_nll(folder / "model.gguf", split.tokens, T)
-    ppl, its_ppl = (math.exp(total / (len(split.tokens) - 1)) for total in (nll, its_nll))
+    ppl, its_ppl = (math.exp(min(total / (len(split.tokens) - 1), MAX_LOG)) for total in (nll, its_nll))
     print(f"token ids: {same:,} of {len(texts):,} texts the same   test ppl: checkpoint {ppl:.4f}, file {its_ppl:.4f}")
     if same < len(texts) or not math.isclose(ppl, its_ppl, rel_tol=1e-4):
         raise UserError("--format gguf: the file isn't the checkpoint: nothing is kept of it")

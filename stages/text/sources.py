@@ -40,13 +40,13 @@ class SourceFile:
     Args:
         format: txt, jsonl, csv or parquet.
         compression: gzip, bz2, xz, zstd or None.
-        state: size, time of last change and number of the file.
+        state: of `state_of`.
     """
 
     path: str
     format: str
     compression: str | None
-    state: tuple[int, int, int]
+    state: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -104,9 +104,14 @@ def names_at(path: str) -> list[str]:
     return sorted(name for name in names if not left_out.search(os.path.relpath(name, path)))
 
 
-def state_of(path: str) -> tuple[int, int, int]:
+def state_of(path: str) -> tuple[int, ...]:
+    """Size, times and number of a file: no write leaves all of them as they were.
+
+    The system alone sets the last time, so a copy that brings an old date along is noticed too. A hash of what was
+    read could say no more: it would have to be compared with that of a second reading.
+    """
     stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
 def check_unchanged(path: str, document: str, files: list[SourceFile]) -> None:

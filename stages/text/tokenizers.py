@@ -7,7 +7,8 @@ import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -113,6 +114,9 @@ class JsonTokenizer(TextTokenizer):
         self.encoder = Tokenizer.from_str(json.dumps(out_of_reach(state, control)))
         self.encoder.encode_special_tokens = True
         self.control, self.fast, self.compared = sorted(control), None, 0
+        with silent_rust():  # a regular expression that never ends gives up here
+            for text in HARD_TEXTS:
+                self.encoder.encode(text)
 
     def speed_up(self) -> None:
         """Uses fastokens if its ids are the same for HARD_TEXTS and, later, for the first COMPARED_BYTES of text."""
@@ -245,7 +249,9 @@ def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokeni
         print(f"note: {key}: {name!r} drops merges at random (dropout): this is off here", file=sys.stderr)
     special = auto.get_added_vocab()  # control tokens to AutoTokenizer where a text spells them
     texts = (text for text in chain(HARD_TEXTS, texts) if not any(token in text for token in special))
-    if any(auto.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts):
+    with silent_rust():
+        differs = any(auto.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts)
+    if differs:
         print(
             f"note: {key}: transformers' {type(auto).__name__} gives other ids than the {source} of {name!r}: "
             f"those of {source} are used",
@@ -253,6 +259,19 @@ def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokeni
         )
     tokens = {role: token for role, token in tokens.items() if token in tokenizer.vocab}
     return tokenizer, tokens
+
+
+@contextmanager
+def silent_rust() -> Iterator[None]:
+    """Where a tokenizer may give up on a text: Rust says so on standard error, and `errors.run` then says it better."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def of_files(name: str, auto, tokens: dict[str, str]) -> tuple[TextTokenizer | None, str]:

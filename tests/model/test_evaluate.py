@@ -13,8 +13,9 @@ from stages.text.streams import load_split, write_blocks
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
-from conftest import corpus_of, run, run_stage, set_params
+from conftest import corpus_of, run_stage, set_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -58,7 +59,7 @@ def all_figures(project) -> dict:
 @pytest.mark.parametrize("stride", [16, 5, 1])
 def test_figures_equal_an_independent_computation(project, stride):
     set_params(project, f"evaluate.stride={stride}")
-    run("python", "-m", "stages.evaluate", cwd=project)
+    assert run_stage(project, "evaluate")[0] == 0
     figures = all_figures(project)
     for split in ("valid", "test"):
         expected = independent_figures(project / "models/gpt2", (project / f"data/{split}.txt").read_text(), stride)
@@ -77,8 +78,8 @@ def test_last_block_of_one_token(project):
             break
     assert (tokens - 1) % 16 == 1
     (project / "data/test.txt").write_text(text)
-    run("dvc", "repro", "tokenize_blocks", cwd=project)
-    run("python", "-m", "stages.evaluate", cwd=project)
+    for stage in ("prepare_corpus", "tokenize_blocks", "evaluate"):
+        assert run_stage(project, stage)[0] == 0
     measured = all_figures(project)["test"]
     expected = independent_figures(project / "models/gpt2", text, 16)
     assert expected["tokens"] == tokens - 1
@@ -177,6 +178,22 @@ def test_text_without_spaces_has_no_word_ppl(project, tmp_path):
     assert "word_ppl" not in test and test["words"] == 9
 
 
+def test_a_loss_that_exp_cannot_take(project):
+    """Above 709 nats a token: perplexities end at exp(700), the one of words is left out, and comparing goes on."""
+    file = project / "models/gpt2/model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["transformer.ln_f.weight"] *= 1e5
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    assert run_stage(project, "evaluate")[0] == 0
+    for figures in all_figures(project).values():
+        assert figures["loss"] > 710 and figures["ppl"] == figures["ppl_high"] == math.exp(700)
+        assert figures["bits_per_byte"] > 100 and "word_ppl" not in figures
+    status, out, err = run_stage(project, "tools.compare", "HEAD", "workspace", "--json")
+    assert status == 0, err
+    ppl = json.loads(out)["sets"]["test"]["ppl"]
+    assert ppl["b"] == math.exp(700) and ppl["low"] > 0
+
+
 def test_model_option_measures_a_folder_on_any_text(project, tmp_path):
     committed = (project / "metrics/eval.json").read_bytes()
     pipeline = all_figures(project)["test"]
@@ -233,4 +250,6 @@ def test_figures_of_a_gpu_are_those_of_the_cpu(project):
 def measured(project, test_file) -> dict:
     """What `--model` prints of a text."""
     command = ("--model", "models/gpt2", "--data.test_file", str(test_file))
-    return json.loads(run("python", "-m", "stages.evaluate", *command, cwd=project).stdout)["test"]
+    status, out, err = run_stage(project, "evaluate", *command)
+    assert status == 0, err
+    return json.loads(out)["test"]

@@ -37,6 +37,21 @@ def test_each_dropout_is_transformers(kind):
     assert torch.allclose(of(ours, 1), of(ours, 2), atol=1e-6)
 
 
+def test_dropout_of_attention_in_bf16():
+    """On a CPU it has a way of its own, which drops what transformers' plain attention does."""
+    model, ids = model_with(attn_pdrop=0.5).train(), torch.randint(0, 50, (3, 16))
+    model.config._attn_implementation = "eager"
+
+    def of(forward, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(ids).float()
+
+    ours, theirs = (lambda x: gpt2.hidden_states(model, x)), (lambda x: model.transformer(x).last_hidden_state)
+    assert torch.allclose(of(ours, 1), of(theirs, 1), atol=0.05)
+    assert not torch.allclose(of(ours, 1), of(theirs, 2), atol=0.1)
+
+
 def test_new_models_have_the_dropout_of_the_settings():
     shape = SimpleNamespace(block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.3)
     config = gpt2.new_model(shape, 50, 0).config

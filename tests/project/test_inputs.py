@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import run, run_stage, set_params
+from conftest import ROOT, run, run_stage, set_params
 
 OUTPUTS = ("data/corpus", "data/blocks", "models/tokenizer", "models/gpt2", "metrics")
 
@@ -231,6 +231,11 @@ TOKENIZER = {
     "tokenizer whose pattern never ends": (
         "tokenize_blocks",
         [json_file("models/tokenizer/tokenizer.json", pre_tokenizer=ENDLESS)],
+        r"the tokenizer gave up on this text \(Onig: .*retry-limit.*\): set another tokenizer\.tokenizer_model",
+    ),
+    "tokenizer folder whose pattern never ends": (
+        "train_tokenizer",
+        [json_file("models/gpt2/tokenizer.json", pre_tokenizer=ENDLESS), "tokenizer.tokenizer_model=models/gpt2"],
         r"the tokenizer gave up on this text \(Onig: .*retry-limit.*\): set another tokenizer\.tokenizer_model",
     ),
     "tokenizer is cut short": (
@@ -625,6 +630,15 @@ def do(project: Path, steps: list) -> list[str]:
     return arguments
 
 
+def test_docs_count_them():
+    text = (ROOT / "docs/reliability.md").read_text()
+    counts = [len(TEXT), len(TOKENIZER), len(MODEL), 2 * len(MODEL_FOLDER), len(CHECKPOINT)]
+    counts += [len(SETTINGS), len(TRAINER), len(PROMPT)]
+    table = text.split("| bad input | how many |")[1].split("\n\n")[0]
+    assert [int(number) for number in re.findall(r"\| (\d+) \|", table)] == counts
+    assert f"the stages {len(BAD)} bad inputs" in text and sum(counts) == len(BAD)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_changes_nothing(files, name):
     stage, steps, pattern = BAD[name]
@@ -641,7 +655,15 @@ def test_bad_input_is_one_line_and_changes_nothing(files, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["file is missing", "loss turns NaN", "evaluate: weights are a pickle", "settings: tab"]
+    "name",
+    [
+        "file is missing",
+        "tokenizer whose pattern never ends",
+        "tokenizer folder whose pattern never ends",
+        "loss turns NaN",
+        "evaluate: weights are a pickle",
+        "settings: tab",
+    ],
 )
 def test_bad_input_in_a_real_process(files, built, name):
     """Nothing else reaches the terminal either: no warning, no traceback."""

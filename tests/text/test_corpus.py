@@ -285,8 +285,25 @@ def test_further_test_sets(project):
     assert (blocks / "more_1.npy").read_bytes() == (blocks / "test.npy").read_bytes()
 
 
+def test_the_place_of_a_wrong_byte_is_that_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 8)
+    file = written(tmp_path / "t.txt", "é".encode() * 50 + b"\xff" + b"a" * 50)
+    with pytest.raises(UserError, match=r"t\.txt: not UTF-8 at byte offset 100: convert"):
+        prepared(tmp_path, ["train"], train_file=str(file))
+
+
+def overwrite_quietly(file: Path) -> None:
+    """As many other bytes, and the date of before."""
+    before = file.stat()
+    with file.open("r+b") as stream:
+        stream.write(b"X")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_size == before.st_size
+
+
 def test_a_text_that_changes_while_it_is_read_is_one_line(tmp_path, monkeypatch):
-    for change in (lambda file: file.open("a").write("more"), lambda file: os.truncate(file, 9), Path.unlink):
+    append, shorten = (lambda file: file.open("a").write("more")), (lambda file: os.truncate(file, 9))
+    for change in (append, shorten, Path.unlink, overwrite_quietly):
         file = tmp_path / "t.txt"
         file.write_text("\n".join(DOCUMENTS))
         write = splits.write_hashed

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from stages import train_tokenizer
+from stages.text import streams
 from stages.text.tokenizers import JsonTokenizer
 
 import numpy as np
@@ -36,21 +37,30 @@ def test_vocabulary_size_is_the_highest_id_and_one():
     assert JsonTokenizer(tokenizer, "<e>", set()).vocab_size == 8
 
 
-def test_a_long_document_is_one(project: Path):
-    """300 kB in one line: the ids are those of the whole, whatever is read at a time, and no word counts twice."""
+def test_two_bytes_hold_65536_ids():
+    assert [streams.token_dtype(size).itemsize for size in (1 << 16, (1 << 16) + 1)] == [2, 4]
+
+
+def test_long_documents_are_whole(project: Path):
+    """300 kB in a line, and Japanese in which a word goes over the places where it may be cut: the ids are those of
+    each document encoded whole, whatever is read at a time, and no word counts twice."""
     words = sample_lines(0, 2500).split()
     random.Random(1).shuffle(words)
-    text = " ".join(words)
-    assert len(text) > 300_000
-    (project / "data/test.txt").write_text(text)
+    texts = [" ".join(words), " ".join(["今日は良い天気です。明日も、" * 700] * 6)]
+    assert all(len(text.encode()) > 100_000 for text in texts)
+    (project / "data/test.txt").write_text("\n\n".join(texts))
     for stage in ("prepare_corpus", "tokenize_blocks"):
-        status, _, err = run_stage(project, stage)
+        status, out, err = run_stage(project, stage)
         assert status == 0, err
     tokenizer = Tokenizer.from_file(str(project / "models/tokenizer/tokenizer.json"))
-    expected = tokenizer.encode(text, add_special_tokens=False).ids
-    assert np.load(project / "data/blocks/test.npy")[1:-1].tolist() == expected
+    expected = [end := tokenizer.token_to_id("<|endoftext|>")]
+    for text in texts:
+        expected += [*tokenizer.encode(text, add_special_tokens=False).ids, end]
+    assert np.load(project / "data/blocks/test.npy").tolist() == expected
     counts = json.loads((project / "data/blocks/test.json").read_text())
-    assert (counts["words"], counts["bytes"], counts["documents"]) == (len(words), len(text.encode()), 1)
+    size = sum(len(text.encode()) for text in texts)
+    assert (counts["words"], counts["bytes"], counts["documents"]) == (len(words) + 6, size, 2)
+    assert f"test: {len(expected):,} tokens, 2 documents, {size:,} bytes\n" in out
 
 
 def test_sample_settings_act(project: Path, monkeypatch):

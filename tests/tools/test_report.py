@@ -149,6 +149,75 @@ def test_selected_runs_are_drawn_and_compared(opened):
     assert "Twice the width" in opened.execute_script("return document.querySelector('#bits svg').textContent")
 
 
+def figures_at(project: Path, revision: str) -> dict:
+    return json.loads(run("git", "show", f"{revision}:metrics/eval.json", cwd=project).stdout)["test"]
+
+
+def test_changes_and_bars_have_the_sign_of_the_committed_figures(opened, lived):
+    """The run less its parent, each the mean over its seeds; a bar lies left of its middle where bits were saved."""
+    bits = [figures_at(lived, f"HEAD~{i}")["bits_per_byte"] for i in range(5)]
+    other, width, seeds = bits[1], bits[2], (bits[3] + bits[4]) / 2
+    wide = figures_at(lived, opened.execute_script(REVISION, "wide"))["bits_per_byte"]
+    for name, expected in (("Twice the width", width - seeds), (HOSTILE, other - width), ("wide", wide - other)):
+        cell = f"#runs tr[data-revision='{opened.execute_script(REVISION, name)}'] .change-cell"
+        (shown,) = texts(opened, f"{cell} .delta")
+        assert float(shown.replace("−", "-")) == pytest.approx(expected, abs=0.000051)
+        assert texts(opened, f"{cell} b") == ["better" if expected < 0 else "worse"]
+        (title,) = opened.execute_script(STYLES, f"{cell} .bar", "title")
+        low, high = (float(x.replace("−", "-")) for x in re.findall(r"[+−]\d\.\d+", title))
+        ((left, size),) = (re.findall(r"[\d.]+", x) for x in opened.execute_script(STYLES, f"{cell} .bar i", "style"))
+        ((middle,),) = (re.findall(r"[\d.]+", x) for x in opened.execute_script(STYLES, f"{cell} .bar u", "style"))
+        ends = [float(left) - 50, float(left) + float(size) - 50, float(middle) - 50]
+        scale = ends[2] / expected
+        assert scale > 0 and ends == pytest.approx([low * scale, high * scale, expected * scale], rel=0.01)
+        assert 40 < max(map(abs, ends)) <= 50
+
+
+REVISION = """return [...document.querySelectorAll('#runs tbody tr')]
+    .find((row) => row.querySelector('.name b').textContent === arguments[0]).dataset.revision"""
+STYLES = "return [...document.querySelectorAll(arguments[0])].map((e) => e.getAttribute(arguments[1]))"
+
+
+def test_the_best_card_is_the_lowest_mean_on_the_same_text(tmp_path):
+    """One seed of a recipe is the best run of all, but not its mean over seeds; a run on another text doesn't count."""
+    repository(tmp_path)
+    for message, bits, seed, more in (
+        ("lucky", -0.09, 1, {}), ("unlucky", 0.05, 2, {}), ("best", -0.04, 1, {"lr": 2}),
+        ("elsewhere", -0.2, 1, {"lr": 3}), ("newest", 0.0, 1, {"lr": 4}),
+    ):  # fmt: skip
+        commit(tmp_path, made(bits, seed, 400, text="t" if message != "elsewhere" else "u"), message, **more)
+    assert run_stage(tmp_path, "tools.report")[0] == 0
+    html = (tmp_path / "report.html").read_text()
+    cards = re.findall(r'<div class="card"><h3>(.*?)</h3>.*?<b>.*?<b>([\d.]+)<.*?<div class="name">(\w+)', html, re.S)
+    expected = [("Newest run", "newest", "HEAD"), ("Best bits per byte on the same test text", "best", "HEAD~2")]
+    assert cards == [(t, f"{figures_at(tmp_path, at)['bits_per_byte']:.3f}", name) for t, name, at in expected]
+
+
+def test_bits_per_byte_are_those_of_the_figures(opened, lived):
+    """In the plot, in the comparison, and in the curves of runs whose tokenizers differ."""
+    labels = opened.execute_script(STYLES, "#bits .mark-symbol path[aria-label]", "aria-label")
+    revisions = opened.execute_script(STYLES, "#runs tbody tr", "data-revision")
+    plotted = sorted(float(re.search(r"value: ([\d.]+)", label)[1]) for label in labels)
+    committed = sorted(figures_at(lived, revision)["bits_per_byte"] for revision in revisions)
+    assert len(plotted) == 6 and plotted == pytest.approx(committed, abs=1e-6)
+    rows = texts(opened, "#runs tbody .name b")
+    select(opened, rows.index("Twice the width"), rows.index(HOSTILE))
+    wait(opened, lambda: lines_drawn(opened, "curves") == 2)  # of validation only
+    assert "bits per byte" in opened.find_element("id", "curves-title").text
+    names = texts(opened, "#compare thead th.name")
+    shown = {row.split("\t")[0]: row.split("\t")[1:] for row in texts(opened, "#compare tbody tr")}
+    labels = opened.execute_script(STYLES, "#curves .mark-symbol path[aria-label]", "aria-label")
+    ends = [float(re.search(r"loss: ([\d.]+)", label)[1]) for label in labels]
+    for name in ("Twice the width", HOSTILE):
+        revision = opened.execute_script(REVISION, name)
+        expected, (column,) = figures_at(lived, revision), [i for i, text in enumerate(names) if text.startswith(name)]
+        assert shown["Test bits per byte"][column] == f"{expected['bits_per_byte']:.3f}"
+        assert shown["Test ppl"][column] == f"{expected['ppl']:.2f}"
+        # The last point of made_runs' valid.csv is ppl / 10 nats a token, where eval.json has 1 and its bits.
+        last = expected["ppl"] / 10 * expected["bits_per_byte"]
+        assert any(end == pytest.approx(last, abs=2e-4) for end in ends), (last, ends)
+
+
 def test_page_is_safe_offline_and_quiet(opened):
     select(opened, 0, 1)
     assert opened.execute_script("return window.hacked") is None

@@ -155,10 +155,12 @@ def test_checkpoints_by_the_clock(files, monkeypatch):  # noqa: F811
         )  # fmt: skip
         assert status == 0, err
         assert saved == expected
+        figures = json.loads((files / "metrics/run.json").read_text())
+        assert (figures["train_seconds"], figures["tokens_per_second"]) == (11 * 25, round(11 * 24 * 16 / (11 * 25)))
 
 
 def test_sigusr1_stops_and_goes_on(files, monkeypatch):  # noqa: F811
-    """SLURM's warning before it kills."""
+    """SLURM's warning before it kills; on another number of threads the run says what that means."""
     end = history.History.on_train_batch_end
 
     def warned(self, trainer, *rest):
@@ -170,8 +172,14 @@ def test_sigusr1_stops_and_goes_on(files, monkeypatch):  # noqa: F811
         patch.setattr(history.History, "on_train_batch_end", warned)
         status, _, err = run_stage(files, "train", *SHORT)
     assert status == 128 + signal.SIGUSR1 and "stopped by SIGUSR1 at step 4" in err
-    status, out, err = run_stage(files, "train", *SHORT)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        status, out, err = run_stage(files, "train", *SHORT)
+    finally:
+        torch.set_num_threads(threads)
     assert status == 0 and "step-000000004.ckpt" in out, err
+    assert f"note: the checkpoint was made with threads {threads}, now {threads + 1}: the result may differ" in err
 
 
 def test_what_a_run_is(built, tmp_path, monkeypatch):

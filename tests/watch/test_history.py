@@ -110,7 +110,7 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(killed):
 
 
 def test_gradient_norm_equals_an_independent_computation(project, monkeypatch):
-    run(*TRAIN, "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3", cwd=project)
+    assert run_stage(project, "train", "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3")[0] == 0
     monkeypatch.chdir(project)
     settings = load("stages.train", "", argv=[])
     meta = json.loads(Path("data/blocks/meta.json").read_text())
@@ -169,13 +169,15 @@ def test_git_without_a_commit(project):
     assert list(project.glob("logs/*/events*"))  # TensorBoard has it
 
 
-def test_a_logger_by_class_path_has_what_tensorboard_has(project):
-    logger = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "logs/csv"}}
-    arguments = ["--trainer.logger", json.dumps(logger), "--trainer.max_steps", "6", "--runtime.log_every_n_steps", "2"]
+def test_loggers_by_class_path_have_what_tensorboard_has(project):
+    """Lightning's for CSV files, and a user's own."""
+    csv = {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "logs/csv"}}
+    loggers = [csv, {"class_path": "probe.Lines", "init_args": {"file": "logs/lines.jsonl"}}]
+    arguments = ["--trainer.logger", json.dumps(loggers), "--trainer.max_steps", "6"]
     shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
-    assert run_stage(project, "train", *arguments)[0] == 0
+    assert run_stage(project, "train", *arguments, "--runtime.log_every_n_steps", "2")[0] == 0
     (file,) = project.glob("logs/csv/**/metrics.csv")
-    table = pd.read_csv(file)
-    assert list(table.dropna(subset="loss").step) == [2, 4, 6]
-    assert table.dropna(subset="loss").loss.tolist() == pytest.approx(live(project, "loss").loss.tolist())
-    assert len(table.dropna(subset="valid_loss")) > 0
+    for table in (pd.read_csv(file), pd.read_json(project / "logs/lines.jsonl", lines=True)):
+        assert list(table.dropna(subset="loss").step) == [2, 4, 6]
+        assert table.dropna(subset="loss").loss.tolist() == pytest.approx(live(project, "loss").loss.tolist())
+        assert len(table.dropna(subset="valid_loss")) > 0
