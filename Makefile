@@ -1,16 +1,18 @@
 # Each target sets up .venv when it is missing or out of date.
 PYTHON ?= python3
 N ?= 3
+EPOCHS ?= 1 2 4 8
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup repro report seeds test bench lock
+.PHONY: help setup repro report seeds curve test bench lock
 
 help:
 	@echo "make setup   install what the pipeline needs into .venv"
 	@echo "make repro   run the pipeline: dvc repro"
 	@echo "make report  the history of its figures, as a page: report.html"
 	@echo "make seeds   the settings under N=3 seeds: how much the seed alone changes the figures"
+	@echo "make curve   what EPOCHS=\"1 2 4 8\" bring, and what more would: curve.svg"
 	@echo "make test    lint, check the types, run the tests"
 	@echo "make bench   measure the speed beside four peers"
 	@echo "make lock    write requirements.lock anew, after a change of requirements*.txt"
@@ -27,6 +29,12 @@ seeds: .venv/installed
 	dvc exp run --queue -S "seed_everything=$$(seq -s, 1 $(N))"
 	dvc exp run --run-all
 	python -m tools.compare --noise
+
+curve: .venv/installed
+	for n in $(EPOCHS); do \
+		dvc exp run --name epochs-$$n -S optimizer.schedule=wsd -S trainer.max_epochs=$$n || exit 1; \
+	done
+	python -m tools.curve $(EPOCHS:%=epochs-%)
 
 test: .venv/installed-dev
 	ruff check . && ruff format --check .

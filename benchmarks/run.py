@@ -286,6 +286,41 @@ def pipeline(rounds: int = 5) -> None:
         record("From start to first training step", command, body)
 
 
+def plan(shapes: list[Shape] = HERE) -> None:
+    """What tools.plan says of a training, and what it then took.
+
+    Args:
+        shapes: which shapes.
+    """
+    rows = []
+    for shape in shapes:
+        steps = {"default": 456, "byte": 4000}.get(shape, 100)
+        arguments = ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps // 4)]
+        with project(shape) as (folder, params):
+            print(f"plan, {shape}:", flush=True)
+            write_params(folder, params)
+            said = subprocess.run(
+                [sys.executable, "-m", "tools.plan", *arguments],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            ).stdout
+            run_stage("train", folder, *arguments)
+            figures = json.loads((folder / "metrics/run.json").read_text())
+        for key, pattern, took, most in (
+            ("minutes", r"^minutes +([\d.,]+)", figures["train_seconds"] / 60, 0.15),
+            ("MiB", r"^memory +([\d,]+) MiB", figures["peak_memory_mb"], 0.10),
+        ):
+            planned = float(re.search(pattern, said, re.M)[1].replace(",", ""))
+            off = planned / took - 1
+            met = "met" if abs(off) <= most else "**missed**"
+            rows.append([shape, key, f"{planned:,.2f}", f"{took:,.2f}", f"{off:+.1%}", f"within {most:.0%}", met])
+    columns = ["shape", "", "planned", "took", "off by", "wanted", ""]
+    record("Plan", f"python -m benchmarks.run plan --shapes '[{', '.join(shapes)}]'", table(columns, rows))
+
+
 def small_checkout(folder: Path) -> Path:
     """A repository with this checkout's files and a model that trains in seconds."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
@@ -365,6 +400,7 @@ def all_sections(rounds: int = 5) -> None:
     tokenizing(rounds=rounds)
     pipeline(rounds=rounds)
     growth()
+    plan()
 
 
 # Projects to measure in
@@ -559,5 +595,6 @@ if __name__ == "__main__":
             "tokenizing": tokenizing,
             "pipeline": pipeline,
             "growth": growth,
+            "plan": plan,
         }
     )

@@ -27,7 +27,7 @@ from stages.training.model_card import model_card
 from stages.training.module import LanguageModel
 from stages.training.trainer import check_processes, make_trainer, quiet_libraries
 from stages.watch.progress import Live, make_loggers
-from stages.watch.summary import print_summary, write_run_figures
+from stages.watch.summary import plan_line, print_summary, write_run_figures
 
 import pytorch_lightning as pl
 import torch
@@ -140,8 +140,7 @@ def fit(
         resume = checkpoints.newest(trainer)
         trainer.loggers = [*make_loggers(identity, resume), *trainer.loggers]  # and the users'
         if trainer.is_global_zero:
-            parameters, tokens = module.model.num_parameters(), len(blocks.train.tokens)
-            print(f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens, {trainer.precision}", flush=True)
+            print(plan_line(module.settings, module.model.num_parameters(), blocks.train, steps), flush=True)
             if resume and resume.name.startswith("trunk"):
                 done = step_of(resume)
                 rest = f"{steps - done:,} steps to train in place of {steps:,}"

@@ -1,6 +1,7 @@
-"""What a training says of itself at its end: metrics/run.json and the last lines in the terminal."""
+"""What a training says of itself: its first line in the terminal, its last ones, and metrics/run.json."""
 
 import json
+import math
 import platform
 import resource
 
@@ -16,6 +17,19 @@ from stages.watch.progress import LIVE
 import pytorch_lightning as pl
 import torch
 import transformers
+
+
+def plan_line(settings, parameters: int, train: Split, steps: float) -> str:
+    """What is about to be trained; `steps` are infinite where only the clock or a callback ends it."""
+    tokens, each = len(train.tokens), step_tokens(settings)
+    length = f"{steps:,} steps of {each:,}, {steps * each / tokens:.3g} epochs" if math.isfinite(steps) else "no end"
+    model = f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens, {tokens / parameters:.2g} each"
+    return f"{model}: {length}, {settings.trainer.precision}"
+
+
+def step_tokens(settings) -> int:
+    """Tokens that an optimizer step learns from."""
+    return settings.optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches
 
 
 def write_run_figures(trainer: pl.Trainer, parameters: int, checkpoints: Checkpoints, history: History) -> dict:

@@ -106,7 +106,16 @@ def test_requirements_name_what_the_code_imports():
 
 def test_make_lists_its_targets(clone):
     shown = run("make", cwd=clone).stdout
-    assert re.findall(r"^make (\w+) ", shown, re.M) == ["setup", "repro", "report", "seeds", "test", "bench", "lock"]
+    assert re.findall(r"^make (\w+) ", shown, re.M) == [
+        "setup",
+        "repro",
+        "report",
+        "seeds",
+        "curve",
+        "test",
+        "bench",
+        "lock",
+    ]
     assert not (clone / ".venv").exists()
 
 

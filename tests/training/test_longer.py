@@ -5,14 +5,19 @@ import signal
 from pathlib import Path
 
 import pytest
-from test_resume import digests, signal_when, train_here
+from test_every_setting import forked
+from test_resume import made, signal_when, train_here
 
 WSD = [
     *("--optimizer.schedule", "wsd", "--model.block_size", "64", "--optimizer.batch_size", "4"),
     *("--trainer.val_check_interval", "0.4", "--runtime.enable_progress_bar", "false"),
 ]
-MUON = ["--optimizer.name", "muon", "--model.dropout", "0.2", "--trainer.accumulate_grad_batches", "3"]
+EMA = "--trainer.callbacks={class_path: EMAWeightAveraging, init_args: {decay: 0.9}}"
+MUON = ["--optimizer.name", "muon", "--model.dropout", "0.2", "--trainer.accumulate_grad_batches", "3", EMA]
 LENGTHS = {"epochs": WSD, "muon": [*WSD, *MUON]}
+
+
+KILLED = [3, 9, 15, 19, 25]  # steps, in trunks and in cooldowns
 
 
 def trunks(project: Path) -> list[int]:
@@ -52,16 +57,19 @@ def test_longer_trainings(built, tmp_path, monkeypatch, capsys, name):
     ]
     for i, length in enumerate(lengths):
         arguments = [*LENGTHS[name], *length]
+        if killed := name == "muon":
+            every = ("--runtime.checkpoint_every_n_steps", "2")
+            assert forked(project, *arguments, *every, kill=(signal.SIGKILL, KILLED[i])) == -signal.SIGKILL
         capsys.readouterr()
         stops = train_in_pieces(monkeypatch, project, 1000 if i % 2 else 4, *arguments)
-        printed = capsys.readouterr().out
+        printed = (project / "train.log").read_text() if killed else capsys.readouterr().out
         assert i % 2 or stops > 0
         if 0 < i < 4:
             assert "of the trunk: " in printed, length
         whole = shutil.copytree(built, tmp_path / f"whole-{i}")
         assert train_here(monkeypatch, whole, *arguments) == 0
         assert "going on" not in capsys.readouterr().out
-        assert digests(project) == digests(whole), length
+        assert made(project) == made(whole), length
         monkeypatch.chdir(tmp_path)
         shutil.rmtree(whole)
     assert len(trunks(project)) == 2

@@ -1,0 +1,70 @@
+"""The plan against what the training then did."""
+
+import re
+from types import SimpleNamespace
+
+from tools import plan
+
+import pandas as pd
+import pytest
+from conftest import digests, run_stage
+
+
+@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("muon", None)])
+def test_plan_is_what_happens(built, optimizer, moments):
+    before = digests(built, "data", "models", "metrics", "logs")
+    status, out, err = run_stage(built, "tools.plan", "--optimizer.name", optimizer, "--model.n_embd", "64")
+    assert (status, digests(built, "data", "models", "metrics", "logs")) == (0, before), err
+    valid = pd.read_csv(built / "metrics/valid.csv")
+    assert f" {valid.step.iloc[-1]:,} steps of {4 * 16}, 2 epochs\n" in out.replace("1.99 epochs", "2 epochs")
+    assert f"{valid.step.iloc[-1]:,} steps of " in out.splitlines()[1]
+    assert f", {len(valid)} validations of " in out
+    layers, hidden, others = 2, 12 * 64 * 64, 13 * 64
+    parameters = (300 + 16) * 64 + layers * (hidden + others) + 2 * 64
+    assert f"GPT-2 with {parameters:,} parameters" in out
+    # AdamW keeps two averages of each weight; Muon one of those it takes.
+    kept = 2 * parameters - (layers * hidden if optimizer == "muon" else 0)
+    assert f"optimizer {4 * kept / 2**20:.0f} MiB" in out
+    peak, rest = re.search(r"^memory +([\d,]+) MiB: (.*)$", out, re.M).groups()
+    assert int(peak.replace(",", "")) == pytest.approx(
+        sum(int(part.replace(",", "")) for part in re.findall(r"([\d,]+) MiB", rest)), abs=3
+    )
+    assert re.search(r"^disk +blocks \d+ MiB", out, re.M)
+
+
+def test_a_training_shorter_than_the_trial(built):
+    status, out, err = run_stage(built, "tools.plan", "--trainer.max_epochs", "null", "--trainer.max_steps", "1")
+    assert status == 0, err
+    assert re.search(r"^minutes +0\.\d+: 1 steps of ", out, re.M)
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({}, None),
+        ({"tokens": 500_000, "parameters": 124_000_000, "lr": 3e-3}, "model"),
+        ({"vocab_size": 50257, "parameters": 7_200_000}, "tokenizer.vocab_size"),
+        ({"documents": 100_000}, "model.block_size"),
+        ({"lr": 3e-4}, "optimizer.lr"),
+        ({"steps": 10_000}, "trainer"),
+        ({"steps": 10_000, "dropout": 0.1}, None),
+    ],
+)
+def test_odd_choices(changes, key):
+    c = {"lr": 1e-2, "dropout": 0.0, "steps": 456, "tokens": 900_000, "parameters": 1_300_000, "documents": 1000}
+    c = SimpleNamespace(**{**c, "vocab_size": 4096, **changes})
+    settings = SimpleNamespace(
+        optimizer=SimpleNamespace(name="muon", lr=c.lr, batch_size=32),
+        model=SimpleNamespace(block_size=128, dropout=c.dropout, from_pretrained=None),
+        trainer=SimpleNamespace(accumulate_grad_batches=1),
+    )
+    config = SimpleNamespace(vocab_size=c.vocab_size, n_embd=128)
+    train = SimpleNamespace(tokens=range(c.tokens), documents=c.documents)
+    odd = [line.split(":")[0] for line in plan.odd_choices(settings, config, c.parameters, train, c.steps)]
+    assert odd == ([key] if key else [])
+
+
+def test_usual_rates():
+    """AdamW's is GPT-3's for GPT-2 small, Muon's near the default at its width."""
+    assert plan.usual_lr("adamw", 768, 124_000_000) == pytest.approx(6e-4, rel=0.1)
+    assert plan.usual_lr("muon", 128, 1_300_000) == pytest.approx(1e-2, rel=0.15)

@@ -1,0 +1,162 @@
+"""What a training will take, before it begins: parameters, tokens, steps, minutes, memory, disk.
+
+python -m tools.plan --trainer.max_epochs 10
+
+It trains for a few steps with the settings as they are, times five of them or more, and keeps nothing.
+"""
+
+import math
+import resource
+import sys
+import time
+
+from stages.common.errors import run
+from stages.common.paths import BLOCKS
+from stages.common.settings import load
+from stages.model import ops
+from stages.text.streams import Split, load_split
+from stages.train import first_model
+from stages.training.best import BestWeights
+from stages.training.checkpoints import KEPT
+from stages.training.data import Blocks
+from stages.training.history import History
+from stages.training.module import LanguageModel
+from stages.training.trainer import check_processes, make_trainer, quiet_libraries
+from stages.watch.summary import plan_line, step_tokens
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+WARM = 3  # steps that take longer: memory is found, kernels are made
+TIMED, SECONDS = 5, 2.0  # at least so many steps, for at least so long
+VALIDATED = 4  # batches
+
+
+def main() -> None:
+    settings = load("tools.plan", __doc__)
+    quiet_libraries()
+    ops.reuse_memory()
+    train, valid = load_split("train"), load_split("valid")
+    libraries = peak_memory()
+    model = first_model(settings, train, valid)
+    # Without the users' callbacks: they may write files, or end it sooner.
+    vars(settings.trainer).update(callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
+    trial, blocks, module = Trial(), Blocks(train, valid, settings), LanguageModel(model, settings)
+    trainer = make_trainer(settings, BestWeights(), [History(), trial])
+    check_processes(trainer, settings)
+    trainer.precision_plugin.convert_module(module)
+    trainer.fit(module, datamodule=blocks)
+    if trainer.is_global_zero:
+        parameters = model.num_parameters()
+        print(plan_line(settings, parameters, train, trial.planned))
+        print(f"minutes   {minutes(trial, trainer)}")
+        print(f"memory    {memory(trial, trainer, 4 * parameters, libraries)}")
+        print(f"disk      {disk(trial, 4 * parameters)}", flush=True)
+        for line in odd_choices(settings, model.config, parameters, train, trial.planned):
+            print(f"note: {line}", file=sys.stderr)
+
+
+class Trial(Callback):
+    """Times steps and a validation, and ends the training after them."""
+
+    def on_train_start(self, trainer, module) -> None:
+        self.planned = trainer.estimated_stepping_batches
+        self.marks, self.validation = [now(trainer)], 0.0  # seconds: between two steps; of the last validation
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == len(self.marks):
+            self.marks.append(now(trainer))
+            enough = len(self.marks) > WARM + TIMED and self.marks[-1] - self.marks[WARM] >= SECONDS
+            trainer.should_stop |= enough
+
+    def on_validation_start(self, trainer, module) -> None:
+        self.started = now(trainer)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self.validation = now(trainer) - self.started
+        self.marks = [mark + self.validation for mark in self.marks]  # it is no part of a step
+
+    def on_train_end(self, trainer, module) -> None:
+        optimizer = trainer.optimizers[0]
+        states = [state for part in getattr(optimizer, "parts", [optimizer]) for state in part.state.values()]
+        self.optimizer = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+
+
+def now(trainer) -> float:
+    """Seconds, once the device has done what it was given."""
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def minutes(trial: Trial, trainer) -> str:
+    marks, warm = trial.marks, min(WARM, len(trial.marks) - 2)
+    step = (marks[-1] - marks[warm]) / (len(marks) - 1 - warm)
+    batches = trial.planned * trainer.accumulate_grad_batches / (trainer.check_val_every_n_epoch or 1)
+    each = trial.validation * max(1, trainer.datamodule.valid_batches / VALIDATED)
+    validations = math.ceil(batches / trainer.val_check_batch) if each and math.isfinite(batches) else 0
+    seconds = marks[warm] - marks[0] + (trial.planned - warm) * step + validations * each
+    return f"{seconds / 60:,.2f}: {trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
+
+
+def memory(trial: Trial, trainer, weights: int, libraries: int) -> str:
+    """The peak: what the trial took, and the exported weights, which a training loads once more at its end."""
+    peak = peak_memory() + weights
+    if trainer.strategy.root_device.type == "cuda":
+        return f"{mib(torch.cuda.max_memory_allocated())} on the device, {mib(peak)} beside it"
+    parts = {"libraries": libraries, "weights, gradients, best, exported": 4 * weights, "optimizer": trial.optimizer}
+    parts["activations"] = max(0, peak - sum(parts.values()))
+    return f"{mib(peak)}: " + ", ".join(f"{name} {mib(part)}" for name, part in parts.items())
+
+
+def disk(trial: Trial, weights: int) -> str:
+    checkpoints = (KEPT + 1) * (2 * weights + trial.optimizer)
+    blocks = sum(file.stat().st_size for file in BLOCKS.iterdir())
+    return f"blocks {mib(blocks)}, checkpoints {mib(checkpoints)} while it trains, DVC's cache {mib(weights)} a run"
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def usual_lr(optimizer: str, width: int, parameters: int) -> float:
+    """The learning rate to start from.
+
+    AdamW: 0.003239 - 0.0001395 ln N (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, appendix D.6).
+    Muon: steps of spectral norm 0.02 (Jordan 2024, https://kellerjordan.github.io/posts/muon/), 0.2 sqrt(width) lr.
+    """
+    return 0.1 / math.sqrt(width) if optimizer == "muon" else max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
+
+
+def odd_choices(settings, config, parameters: int, train: Split, steps: float) -> list[str]:
+    """What seldom serves such a text and such a model, a line each: what, and what to do."""
+    tokens, model, optimizer = len(train.tokens), settings.model, settings.optimizer
+    usual = usual_lr(optimizer.name, config.n_embd, parameters) * (0.1 if model.from_pretrained else 1)
+    vocabulary, length = config.vocab_size * config.n_embd / parameters, tokens / max(train.documents, 1)
+    epochs = steps * step_tokens(settings) / tokens
+    odd = {
+        f"model: {parameters:,} parameters for {tokens:,} tokens, learnt by heart: take a smaller one, or more text": (
+            tokens < parameters / 10 and not model.from_pretrained
+        ),
+        f"tokenizer.vocab_size: {config.vocab_size:,} entries take {vocabulary:.0%} of the parameters: lower it": (
+            vocabulary > 0.6 and not model.from_pretrained
+        ),
+        f"model.block_size: {model.block_size}, but documents have {length:,.0f} tokens on average: lower it": (
+            model.block_size > 2 * length
+        ),
+        f"optimizer.lr: {optimizer.lr:g}, but {optimizer.name} takes about {usual:.0e} for such a model: try it": (
+            not usual / 5 <= optimizer.lr <= usual * 5
+        ),
+        f"trainer: {epochs:,.0f} epochs without dropout: try model.dropout 0.1": (
+            10 <= epochs < math.inf and model.dropout == 0
+        ),
+    }
+    return [line for line, is_odd in odd.items() if is_odd]
+
+
+if __name__ == "__main__":
+    run(main)
