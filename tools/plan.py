@@ -47,11 +47,11 @@ def main() -> None:
     trainer.precision_plugin.convert_module(module)
     trainer.fit(module, datamodule=blocks)
     if trainer.is_global_zero:
-        parameters = model.num_parameters()
+        parameters, weights = model.num_parameters(), 4 * model.num_parameters()
         print(plan_line(settings, parameters, train, trial.planned))
         print(f"minutes   {minutes(trial, trainer)}")
-        print(f"memory    {memory(trial, trainer, 4 * parameters, libraries)}")
-        print(f"disk      {disk(trial, 4 * parameters)}", flush=True)
+        print(f"memory    {memory(trial, trainer, weights, libraries)}")
+        print(f"disk      {disk(trial, weights)}", flush=True)
         for line in odd_choices(settings, model.config, parameters, train, trial.planned):
             print(f"note: {line}", file=sys.stderr)
 
@@ -134,26 +134,18 @@ def usual_lr(optimizer: str, width: int, parameters: int) -> float:
 
 def odd_choices(settings, config, parameters: int, train: Split, steps: float) -> list[str]:
     """What seldom serves such a text and such a model, a line each: what, and what to do."""
-    tokens, model, optimizer = len(train.tokens), settings.model, settings.optimizer
-    usual = usual_lr(optimizer.name, config.n_embd, parameters) * (0.1 if model.from_pretrained else 1)
+    tokens, model, new = len(train.tokens), settings.model, not settings.model.from_pretrained
+    name, lr = settings.optimizer.name, settings.optimizer.lr
+    usual = usual_lr(name, config.n_embd, parameters) * (1 if new else 0.1)
     vocabulary, length = config.vocab_size * config.n_embd / parameters, tokens / max(train.documents, 1)
     epochs = steps * step_tokens(settings) / tokens
+    few, entries = tokens < parameters / 10, f"{config.vocab_size:,} entries"
     odd = {
-        f"model: {parameters:,} parameters for {tokens:,} tokens, learnt by heart: take a smaller one, or more text": (
-            tokens < parameters / 10 and not model.from_pretrained
-        ),
-        f"tokenizer.vocab_size: {config.vocab_size:,} entries take {vocabulary:.0%} of the parameters: lower it": (
-            vocabulary > 0.6 and not model.from_pretrained
-        ),
-        f"model.block_size: {model.block_size}, but documents have {length:,.0f} tokens on average: lower it": (
-            model.block_size > 2 * length
-        ),
-        f"optimizer.lr: {optimizer.lr:g}, but {optimizer.name} takes about {usual:.0e} for such a model: try it": (
-            not usual / 5 <= optimizer.lr <= usual * 5
-        ),
-        f"trainer: {epochs:,.0f} epochs without dropout: try model.dropout 0.1": (
-            10 <= epochs < math.inf and model.dropout == 0
-        ),
+        f"model: {parameters:,} parameters learn {tokens:,} tokens by heart: take fewer": few and new,
+        f"tokenizer.vocab_size: {entries} take {vocabulary:.0%} of the parameters: lower it": vocabulary > 0.6 and new,
+        f"model.block_size: documents have {length:,.0f} tokens on average: lower it": model.block_size > 2 * length,
+        f"optimizer.lr: {lr:g}, but {name} takes about {usual:.0e} here: try it": not usual / 5 <= lr <= usual * 5,
+        f"trainer: {epochs:,.0f} epochs: try model.dropout 0.1": 10 <= epochs < math.inf and not model.dropout,
     }
     return [line for line, is_odd in odd.items() if is_odd]
 
