@@ -109,7 +109,11 @@ def training_tables(params: dict, folder: Path, rates: dict[str, list]) -> str:
         ]
         for name, values in tokens.items()
     ]
-    peers = {name: tokens[name] for name in tokens if name.startswith(("transformers_e", "transformers_c", "compact", "nanogpt"))}
+    peers = {
+        name: tokens[name]
+        for name in tokens
+        if name.startswith(("transformers_e", "transformers_c", "compact", "nanogpt"))
+    }
     fastest = max(peers, key=lambda name: statistics.median(peers[name]))
     utilisation = statistics.median(ratios([v * flops for v in own], peaks["matrix_product"]))
     bar = 0.7 if params["trainer"]["precision"] == "bf16-mixed" or C < 384 else 0.95

@@ -10,13 +10,13 @@ import pytest
 from conftest import digests, run_stage
 
 
-@pytest.mark.parametrize("optimizer, moments", [("adamw", 2), ("muon", None)])
-def test_plan_is_what_happens(built, optimizer, moments):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_plan_is_what_happens(built, optimizer):
     before = digests(built, "data", "models", "metrics", "logs")
     status, out, err = run_stage(built, "tools.plan", "--optimizer.name", optimizer, "--model.n_embd", "64")
     assert (status, digests(built, "data", "models", "metrics", "logs")) == (0, before), err
     valid = pd.read_csv(built / "metrics/valid.csv")
-    assert f" {valid.step.iloc[-1]:,} steps of {4 * 16}, 2 epochs\n" in out.replace("1.99 epochs", "2 epochs")
+    assert f" {valid.step.iloc[-1]:,} steps of {4 * 16}, " in out
     assert f"{valid.step.iloc[-1]:,} steps of " in out.splitlines()[1]
     assert f", {len(valid)} validations of " in out
     layers, hidden, others = 2, 12 * 64 * 64, 13 * 64
