@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stages.common.devices import device_of
-from stages.common.errors import UserError, run
-from stages.common.files import write_text
+from stages.common.errors import UserError, one_line, run
+from stages.common.files import write_json, write_text
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
 from stages.common.settings import Group, about, load
 from stages.model import ops
@@ -68,8 +68,8 @@ def main() -> None:
         continuation(model, tokenizer, prompt, settings.generate, settings.generate.seed)
         for prompt in settings.generate.prompts
     ]
-    write_text(METRICS / "eval.json", json.dumps(figures, indent=2) + "\n")
-    write_text(METRICS / "details.json", json.dumps(details, indent=2) + "\n")
+    write_json(METRICS / "eval.json", figures)
+    write_json(METRICS / "details.json", details)
     write_text(METRICS / "documents.csv", documents[["set", *documents.columns[:-1]]].to_csv(index=False))
     write_text(METRICS / "loss_by_position.csv", tables["test"]["loss_by_position"].to_csv(index=False))
     write_text(METRICS / "samples.md", samples_page(settings.generate.prompts, samples))
@@ -100,8 +100,7 @@ def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:
     except FileNotFoundError:
         raise UserError(f"--model: {path}: no such file or folder") from None
     except Exception as error:  # a damaged or hostile file can fail in any way
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"--model: {path} is no checkpoint of this project's train stage: {why}") from None
+        raise UserError(f"--model: {path} is no checkpoint of this project's train stage: {one_line(error)}") from None
     if checkpoint["tokenizer"] != load_tokenizer(TOKENIZER).fingerprint:
         raise UserError(f"--model: {path} was trained with another tokenizer than {TOKENIZER}")
     return model, TOKENIZER

@@ -1,11 +1,10 @@
 """Makes data/corpus/, the documents of each split, and metrics/corpus.json: what they are and what leaks."""
 
 import hashlib
-import json
-import sys
 
-from stages.common.errors import run
-from stages.common.files import new_folder, write_text
+from stages.common.commands import progress_bar
+from stages.common.errors import note, run
+from stages.common.files import new_folder, write_json
 from stages.common.hub import check_watched
 from stages.common.paths import CORPUS, METRICS
 from stages.common.settings import load
@@ -14,7 +13,6 @@ from stages.text.leakage import Grams, Seen, count_words
 from stages.text.splits import sources_of, write_splits
 
 import numpy as np
-from tqdm import tqdm
 
 WORST_DOCUMENTS = 5
 LEAKAGE_NOTE = 0.01
@@ -29,15 +27,14 @@ def main() -> None:
         dropped, hashes = write_splits(settings.data, folder, names)
         figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped)
         # Both or neither: a failure here leaves the corpus of before too.
-        write_text(METRICS / "corpus.json", json.dumps(figures, indent=2) + "\n")
+        write_json(METRICS / "corpus.json", figures)
     for name, row in figures["sets"].items():
         print(f"{name}: {row['documents']:,} documents, {row['bytes']:,} bytes, {row['words']:,} words")
     for name, row in figures["leakage"].items():
         if max(row["documents"], row["ngrams"]) > LEAKAGE_NOTE:
-            print(
-                f"note: {name} leaks into train: {row['documents']:.1%} of its documents and {row['ngrams']:.1%} of "
-                f"its n-grams ({figures['ngram']}) stand there word for word: see data.deduplicate",
-                file=sys.stderr,
+            note(
+                f"{name} leaks into train: {row['documents']:.1%} of its documents and {row['ngrams']:.1%} of "
+                f"its n-grams ({figures['ngram']}) stand there word for word: see data.deduplicate"
             )
 
 
@@ -91,7 +88,7 @@ def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.nd
     """A split's figures, and how many documents have up to 2**i bytes, by i."""
     count = size = words = longest = 0
     lengths = np.zeros(64, np.int64)
-    with tqdm(total=documents.size, unit="B", unit_scale=True, desc="measuring", mininterval=1, disable=None) as bar:
+    with progress_bar(documents.size, "measuring") as bar:
         for batch in documents:
             each = np.diff(batch.offsets)
             count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))

@@ -3,10 +3,8 @@
 metrics/tokens.json says how much text a token is, and what share of the text the tokenizer changes.
 """
 
-import json
-
 from stages.common.errors import run
-from stages.common.files import write_text
+from stages.common.files import write_json
 from stages.common.paths import BLOCKS, CORPUS, METRICS, TOKENIZER
 from stages.common.settings import load
 from stages.text.corpus import Documents, split_names
@@ -17,8 +15,7 @@ def main() -> None:
     settings = load("stages.tokenize_blocks", __doc__)
     splits = {name: Documents(name) for name in split_names(CORPUS, "arrow")}
     counts = write_blocks(splits, TOKENIZER, BLOCKS, settings.tokenizer.lossy)
-    figures = {split: token_figures(count) for split, count in counts.items()}
-    write_text(METRICS / "tokens.json", json.dumps(figures, indent=2) + "\n")
+    write_json(METRICS / "tokens.json", {split: token_figures(count) for split, count in counts.items()})
     for split, count in counts.items():
         print(f"{split}: {count['tokens']:,} tokens, {count['documents']:,} documents, {count['bytes']:,} bytes")
 

@@ -4,10 +4,11 @@ Interrupted, it goes on from its last checkpoint in models/checkpoints/ at the n
 same settings and data.
 """
 
-import math
 import re
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
@@ -15,23 +16,21 @@ from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
 from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
-from stages.model.optimizers import cooldown_start
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
 from stages.training.best import BestWeights
-from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, step_of, training_lock
-from stages.training.data import Blocks, optimizer_steps
+from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, training_lock
+from stages.training.data import Blocks
 from stages.training.history import History
 from stages.training.identity import run_identity
 from stages.training.model_card import model_card
 from stages.training.module import LanguageModel
 from stages.training.trainer import check_processes, make_trainer, quiet_libraries
 from stages.watch.progress import Live, make_loggers
-from stages.watch.summary import plan_line, print_summary, write_run_figures
+from stages.watch.summary import print_start, print_summary, write_run_figures
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from transformers import GPT2LMHeadModel
 
@@ -42,28 +41,20 @@ def main() -> None:
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
     model = first_model(settings, train, valid)
-    identity = run_identity(settings, train, valid)
+    identity, trunk = run_identity(settings, train, valid)
     best, history = BestWeights(), History()
     checkpoints = Checkpoints(identity, train.tokenizer, settings.runtime, best)
-    module = LanguageModel(model, settings)
-    blocks = Blocks(train, valid, settings)
+    module, blocks = LanguageModel(model, settings), Blocks(train, valid, settings)
     trainer = make_trainer(settings, best, [history, Live(history), checkpoints])
     check_processes(trainer, settings)
     trainer.precision_plugin.convert_module(module)  # or a checkpoint's weights would pass through float32
     vars(model.config).pop("precision", None)  # of the model that is trained further
     if trainer.precision in AUTOCAST:
         model.config.precision = trainer.precision  # so that the evaluation computes alike
-    steps = optimizer_steps(trainer, (len(train.tokens) - 1) // blocks.T // blocks.batch_size)
-    total = settings.optimizer.num_training_steps or steps
-    # A training that ends before its warm-up takes a shorter one, which is no other's trunk; and where the batches
-    # of a step vary, the steps aren't known yet.
-    varies = any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
-    shares = settings.optimizer.schedule == "wsd" and not varies
-    if shares and settings.optimizer.num_warmup_steps < total < math.inf:
-        cooldown = cooldown_start(total, settings.optimizer)
-        checkpoints.share_trunk(run_identity(settings, train, valid, trunk=True), cooldown)
+    checkpoints.share_trunk(trunk, settings.optimizer, blocks.planned_steps(trainer))
 
-    fit(trainer, module, blocks, checkpoints, history, identity, steps)
+    with stopped_in_one_line(trainer):
+        fit(trainer, module, blocks, checkpoints, history)
 
     if trainer.is_global_zero:
         with new_folder(MODEL) as folder:
@@ -120,37 +111,29 @@ def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str)
         )
 
 
-def fit(
-    trainer,
-    module: LanguageModel,
-    blocks: Blocks,
-    checkpoints: Checkpoints,
-    history: History,
-    identity: str,
-    steps: float,
-) -> None:
-    """Trains to the end, from the run's newest checkpoint where there is one.
+def fit(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, checkpoints: Checkpoints, history: History) -> None:
+    """Trains to the end, from the run's newest checkpoint where there is one."""
+    checkpoints.lock = training_lock() if trainer.is_global_zero else None
+    resume = checkpoints.newest(trainer)
+    trainer.loggers = [*make_loggers(checkpoints.identity, resume), *trainer.loggers]  # and the users'
+    if trainer.is_global_zero:
+        print_start(trainer, module, blocks, resume)
+    if resume == checkpoints.final:
+        checkpoints.load_final(history)
+    else:
+        trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
+
+
+@contextmanager
+def stopped_in_one_line(trainer: pl.Trainer) -> Iterator[None]:
+    """What ends a training early is one line, and the exit status that tells a shell which signal it was.
 
     Raises:
         UserError: Lightning refuses the settings, or one of several processes has ended.
         SystemExit: a signal asked it to stop, and its checkpoint is saved.
     """
     try:
-        checkpoints.lock = training_lock() if trainer.is_global_zero else None
-        resume = checkpoints.newest(trainer)
-        trainer.loggers = [*make_loggers(identity, resume), *trainer.loggers]  # and the users'
-        if trainer.is_global_zero:
-            print(plan_line(module.settings, module.model.num_parameters(), blocks.train, steps), flush=True)
-            if resume and resume.name.startswith("trunk"):
-                done = step_of(resume)
-                rest = f"{steps - done:,} steps to train in place of {steps:,}"
-                print(f"going on from step {done:,} of the trunk: {rest}", flush=True)
-            elif resume:
-                print(f"going on from {resume}", flush=True)
-        if resume == checkpoints.final:
-            checkpoints.load_final(history)
-        else:
-            trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
+        yield
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error, 1000)}") from None
     except RuntimeError as error:

@@ -2,17 +2,18 @@
 
 import random
 import re
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 
-from stages.common.errors import UserError, run
+from stages.common.commands import progress_bar
+from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import new_folder
 from stages.common.memory import check_memory
 from stages.common.paths import TOKENIZER
+from stages.common.settings import Tokenizer as TokenizerSettings
 from stages.common.settings import load
 from stages.text.corpus import Documents
 from stages.text.encoding import document_parts
@@ -20,7 +21,6 @@ from stages.text.tokenizers import JsonTokenizer, existing
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
@@ -31,7 +31,26 @@ RUN_LENGTH = 128
 # After a word where there is one; in an endless one anywhere.
 CUT = re.compile(r"\S(?=\s)|\S{1024}|\s{1024}")
 LONG_RUN = re.compile(rf"(?<!\S)\S{{{RUN_LENGTH + 1},}}")
-SENTENCEPIECE_THREADS = 1  # sums over threads would depend on how many there are
+# Words are taken as they are and counted already.
+SENTENCEPIECE = {
+    "input_format": "tsv",
+    "model_type": "unigram",
+    "hard_vocab_limit": False,
+    "character_coverage": 1.0,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "split_by_unicode_script": False,
+    "split_by_number": False,
+    "split_by_whitespace": False,
+    "max_sentence_length": 1 << 14,
+    "unk_id": 0,
+    "bos_id": -1,
+    "eos_id": -1,
+    "pad_id": -1,
+    "num_threads": 1,  # sums over threads would depend on how many there are
+    "minloglevel": 2,
+}
 
 
 def main() -> None:
@@ -47,7 +66,7 @@ def main() -> None:
     print(f"{TOKENIZER}: {len(tokenizer.vocab):,} entries")
 
 
-def train(text: Documents, settings) -> Tokenizer:
+def train(text: Documents, settings: TokenizerSettings) -> Tokenizer:
     """A byte-level tokenizer: the pre-tokenizer maps the 256 bytes to 256 characters that are all in
     the vocabulary, so every text can be encoded and decoding gives its exact bytes, or with
     normalization those of the normalized text
@@ -77,10 +96,9 @@ def train(text: Documents, settings) -> Tokenizer:
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, byte_level
     tokenizer.decoder = decoders.ByteLevel()
     if settings.algorithm != "byte" and tokenizer.get_vocab_size() < settings.vocab_size:
-        print(
-            f"note: the text has only {tokenizer.get_vocab_size():,} entries to offer, "
-            f"fewer than tokenizer.vocab_size {settings.vocab_size:,}",
-            file=sys.stderr,
+        note(
+            f"the text has only {tokenizer.get_vocab_size():,} entries to offer, "
+            f"fewer than tokenizer.vocab_size {settings.vocab_size:,}"
         )
     return tokenizer
 
@@ -93,13 +111,13 @@ def bytes_to_characters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-def sample(text: Documents, settings) -> Iterator[list[str]]:
+def sample(text: Documents, settings: TokenizerSettings) -> Iterator[list[str]]:
     """The text in spans of random order, up to sample_bytes of it or DISTINCT_BYTES of different words."""
     words, distinct, size = set(), 0, int(text.starts[-1])
     spans = range(0, size, SAMPLE_SPAN_BYTES)
     count = min(len(spans), -(-settings.sample_bytes // SAMPLE_SPAN_BYTES))
     size = min(size, count * SAMPLE_SPAN_BYTES)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
+    with progress_bar(size, "reading") as bar:
         for start in random.Random(settings.sample_seed).sample(spans, count):
             span = memoryview(whole_characters(text.joined(start, start + SAMPLE_SPAN_BYTES + 3)))
             bar.update(min(len(span), SAMPLE_SPAN_BYTES))
@@ -128,7 +146,9 @@ def cut_long_runs(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
 
 
-def unigram_model(texts: Iterator[str], byte_level, alphabet: list[str], size: int) -> models.Unigram:
+def unigram_model(
+    texts: Iterator[str], byte_level: pre_tokenizers.ByteLevel, alphabet: list[str], size: int
+) -> models.Unigram:
     """A Unigram model of at most `size` pieces, trained by sentencepiece on the byte-level words.
 
     tokenizers' own Unigram trainer gives other pieces at every run; sentencepiece with one
@@ -147,29 +167,10 @@ def unigram_model(texts: Iterator[str], byte_level, alphabet: list[str], size: i
         prefix = str(Path(folder, "unigram"))
         try:
             sentencepiece.SentencePieceTrainer.train(
-                input=str(source),
-                input_format="tsv",
-                model_prefix=prefix,
-                model_type="unigram",
-                vocab_size=size + 1 - len(unseen),
-                hard_vocab_limit=False,
-                character_coverage=1.0,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                split_by_unicode_script=False,
-                split_by_number=False,
-                split_by_whitespace=False,
-                max_sentence_length=1 << 14,
-                unk_id=0,
-                bos_id=-1,
-                eos_id=-1,
-                pad_id=-1,
-                num_threads=SENTENCEPIECE_THREADS,
-                minloglevel=2,
+                input=str(source), model_prefix=prefix, vocab_size=size + 1 - len(unseen), **SENTENCEPIECE
             )
         except RuntimeError as error:
-            raise UserError(f"tokenizer.algorithm: unigram: sentencepiece: {' '.join(str(error).split())}") from None
+            raise UserError(f"tokenizer.algorithm: unigram: sentencepiece: {one_line(error)}") from None
         processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
     vocabulary = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(1, processor.get_piece_size())]
     least = min(score for _, score in vocabulary)

@@ -13,6 +13,7 @@ where runs of the same settings, text and code under several are there. Exit sta
 import json
 import math
 import sys
+from typing import Any
 
 from stages.common.commands import CommandLine
 from stages.common.errors import UserError, run
@@ -67,7 +68,7 @@ def listed(seeds: list) -> str:
     return ", ".join(map(str, seeds))
 
 
-def finite(tree):
+def finite(tree: Any) -> Any:
     """JSON has no infinity: null where one document gives no interval."""
     if isinstance(tree, dict):
         return {key: finite(value) for key, value in tree.items()}

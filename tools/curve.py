@@ -79,7 +79,7 @@ def extrapolated(tokens: np.ndarray, losses: np.ndarray, further: np.ndarray) ->
     return expected, expected - width, expected + width
 
 
-def picture(tokens, losses, further, *law) -> str:
+def picture(tokens: np.ndarray, losses: np.ndarray, further: np.ndarray, *law: np.ndarray) -> str:
     """The runs as points, the law beyond them as a dashed line within its interval: SVG."""
     runs = [{"tokens": x, "ppl": math.exp(y)} for x, y in zip(tokens, losses)]
     names = ("tokens", "ppl", "low", "high")

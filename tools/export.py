@@ -10,14 +10,15 @@ checkpoint's, on test_file.
 
 import math
 from pathlib import Path
-from typing import Literal
+from types import ModuleType
+from typing import Any, Literal
 
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
-from stages.common.settings import Group, about, load
+from stages.common.settings import Generate, Group, Settings, about, load
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
-from stages.model.scoring import MAX_LOG, token_losses
+from stages.model.scoring import checked_stride, perplexity, token_losses
 from stages.text.streams import fresh_blocks
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
 
@@ -57,7 +58,7 @@ def main() -> None:
     print(f"made {output}")
 
 
-def save(model: GPT2LMHeadModel, tokenizer_folder: Path, folder: Path, generate) -> None:
+def save(model: GPT2LMHeadModel, tokenizer_folder: Path, folder: Path, generate: Generate) -> None:
     """Writes what AutoModelForCausalLM and AutoTokenizer read."""
     options = {"temperature": generate.temperature, "top_k": generate.top_k, "top_p": generate.top_p}
     # The likeliest token always: transformers takes no temperature of 0.
@@ -115,7 +116,7 @@ def write_gguf(model: GPT2LMHeadModel, tokenizer: TextTokenizer, path: Path) -> 
     writer.close()
 
 
-def add_weights(writer, gguf, model: GPT2LMHeadModel) -> None:
+def add_weights(writer: Any, gguf: ModuleType, model: GPT2LMHeadModel) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, weight in model.state_dict().items():
         if name != "lm_head.weight":  # tied to the embeddings
@@ -123,7 +124,9 @@ def add_weights(writer, gguf, model: GPT2LMHeadModel) -> None:
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), weight.contiguous().numpy())
 
 
-def compare(model: GPT2LMHeadModel, tokenizer: TextTokenizer, tokenizer_folder: Path, folder: Path, settings) -> None:
+def compare(
+    model: GPT2LMHeadModel, tokenizer: TextTokenizer, tokenizer_folder: Path, folder: Path, settings: Settings
+) -> None:
     """Reads the file back, its tokenizer by transformers, and prints how it does on test_file beside the checkpoint.
 
     Raises:
@@ -138,10 +141,10 @@ def compare(model: GPT2LMHeadModel, tokenizer: TextTokenizer, tokenizer_folder: 
             its.encode(text, add_special_tokens=False, split_special_tokens=True) == tokenizer.encode(text)
             for text in texts
         )
-        T, batch_size = model.config.n_positions, settings.evaluate.batch_size
+        T, batch_size = checked_stride(model, split, None), settings.evaluate.batch_size
         nll = sum(part[2].astype(np.float64).sum() for part in token_losses(model, split, T, batch_size))
         its_nll = file_nll(folder / "model.gguf", split.tokens, T)
-    ppl, its_ppl = (math.exp(min(total / (len(split.tokens) - 1), MAX_LOG)) for total in (nll, its_nll))
+    ppl, its_ppl = (perplexity(total / (len(split.tokens) - 1)) for total in (nll, its_nll))
     print(f"token ids: {same:,} of {len(texts):,} texts the same   test ppl: checkpoint {ppl:.4f}, file {its_ppl:.4f}")
     if same < len(texts) or not math.isclose(ppl, its_ppl, rel_tol=1e-4):
         raise UserError("--format gguf: the file isn't the checkpoint: nothing is kept of it")

@@ -9,10 +9,11 @@ import math
 import resource
 import sys
 import time
+from typing import Any
 
 from stages.common.errors import run
 from stages.common.paths import BLOCKS
-from stages.common.settings import load
+from stages.common.settings import Settings, load
 from stages.model import ops
 from stages.text.streams import Split, load_split
 from stages.train import first_model
@@ -25,7 +26,10 @@ from stages.training.trainer import check_processes, make_trainer, quiet_librari
 from stages.watch.summary import plan_line, step_tokens
 
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+from transformers import GPT2Config
 
 WARM = 3  # steps that take longer: memory is found, kernels are made
 TIMED, SECONDS = 5, 2.0  # at least so many steps, for at least so long
@@ -59,37 +63,39 @@ def main() -> None:
 class Trial(Callback):
     """Times steps and a validation, and ends the training after them."""
 
-    def on_train_start(self, trainer, module) -> None:
-        self.planned = trainer.estimated_stepping_batches
+    def on_train_start(self, trainer: Trainer, module: LanguageModel) -> None:
+        self.planned = trainer.datamodule.planned_steps(trainer)
         self.marks, self.validation = [now(trainer)], 0.0  # seconds: between two steps; of the last validation
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
         if trainer.global_step == len(self.marks):
             self.marks.append(now(trainer))
             enough = len(self.marks) > WARM + TIMED and self.marks[-1] - self.marks[WARM] >= SECONDS
             trainer.should_stop |= enough
 
-    def on_validation_start(self, trainer, module) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.started = now(trainer)
 
-    def on_validation_end(self, trainer, module) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LanguageModel) -> None:
         self.validation = now(trainer) - self.started
         self.marks = [mark + self.validation for mark in self.marks]  # it is no part of a step
 
-    def on_train_end(self, trainer, module) -> None:
+    def on_train_end(self, trainer: Trainer, module: LanguageModel) -> None:
         optimizer = trainer.optimizers[0]
         states = [state for part in getattr(optimizer, "parts", [optimizer]) for state in part.state.values()]
         self.optimizer = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
 
-def now(trainer) -> float:
+def now(trainer: Trainer) -> float:
     """Seconds, once the device has done what it was given."""
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def minutes(trial: Trial, trainer) -> str:
+def minutes(trial: Trial, trainer: Trainer) -> str:
     marks, warm = trial.marks, min(WARM, len(trial.marks) - 2)
     step = (marks[-1] - marks[warm]) / (len(marks) - 1 - warm)
     batches = trial.planned * trainer.accumulate_grad_batches / (trainer.check_val_every_n_epoch or 1)
@@ -99,7 +105,7 @@ def minutes(trial: Trial, trainer) -> str:
     return f"{seconds / 60:,.2f}: {trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
 
 
-def memory(trial: Trial, trainer, weights: int, libraries: int) -> str:
+def memory(trial: Trial, trainer: Trainer, weights: int, libraries: int) -> str:
     """The peak: what the trial took, and the exported weights, which a training loads once more at its end."""
     peak = peak_memory() + weights
     if trainer.strategy.root_device.type == "cuda":
@@ -132,7 +138,7 @@ def usual_lr(optimizer: str, width: int, parameters: int) -> float:
     return 0.1 / math.sqrt(width) if optimizer == "muon" else max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
 
 
-def odd_choices(settings, config, parameters: int, train: Split, steps: float) -> list[str]:
+def odd_choices(settings: Settings, config: GPT2Config, parameters: int, train: Split, steps: float) -> list[str]:
     """What seldom serves such a text and such a model, a line each: what, and what to do."""
     tokens, model, new = len(train.tokens), settings.model, not settings.model.from_pretrained
     name, lr = settings.optimizer.name, settings.optimizer.lr

@@ -8,7 +8,7 @@ that is what runs of the same settings, text and code under several seeds are fo
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,7 @@ def judge(a: list[Run], b: list[Run], name: str, noise: Noise | None, only_seed:
     return {"bits_per_byte": bits, "ppl": ppl, "verdict": word, "why": why}
 
 
-def row_of(a: np.ndarray, b: np.ndarray, weight: np.ndarray, scale=lambda value: value) -> dict[str, Any]:
+def row_of(a: np.ndarray, b: np.ndarray, weight: np.ndarray, scale: Callable[[float], float] = float) -> dict[str, Any]:
     """A figure of A and B, B - A, and the interval of that over documents (none of one document)."""
     of_a, of_b = float(a.sum() / weight.sum()), float(b.sum() / weight.sum())
     low, high = interval(b - a, weight) if len(weight) > 1 else (-math.inf, math.inf)

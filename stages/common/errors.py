@@ -1,7 +1,6 @@
 """A user's mistake is one line and exit status 1, never a traceback."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 
@@ -23,10 +22,9 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def first_reason(message: str) -> str:
-    """What jsonargparse says about the first type of several that a value might have."""
-    reason = re.search(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
-    return " ".join((reason[1] if reason else message).split())
+def note(text: str) -> None:
+    """Says in one line on standard error what is no mistake, but good to know."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:

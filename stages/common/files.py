@@ -1,12 +1,14 @@
 """Outputs appear whole or not at all: written beside their place, then renamed into it."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError, one_line
 
@@ -47,3 +49,8 @@ def write_text(target: str | Path, text: str) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, target)
+
+
+def write_json(target: str | Path, content: Any) -> None:
+    """Writes a small file of figures in one step."""
+    write_text(target, json.dumps(content, indent=2) + "\n")

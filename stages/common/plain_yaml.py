@@ -10,6 +10,7 @@ from stages.common.errors import UserError, one_line
 
 import yaml
 
+Places = dict[str, tuple[str, str]]  # of each dotted key: where it stands ("params.yaml:12"), and its value's text
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 BACK = "`git checkout params.yaml` brings the last one back"
@@ -31,8 +32,8 @@ Loader.add_implicit_resolver(
 )
 
 
-def read_file(path: str) -> tuple[dict, dict[str, tuple[str, str]]]:
-    """The values of a file, and for each dotted key where it stands ("params.yaml:12") and its text.
+def read_file(path: str) -> tuple[dict, Places]:
+    """The values of a file, and where they stand.
 
     Raises:
         UserError: it can't be read, is large, deep, not plain YAML, or sets a key twice.

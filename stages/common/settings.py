@@ -10,16 +10,17 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from stages.common import plain_yaml
 from stages.common.commands import CommandLine
 from stages.common.devices import auto_precision
-from stages.common.errors import UserError, first_reason
+from stages.common.errors import UserError
+from stages.common.plain_yaml import Places
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS_FILE = "params.yaml"
 BYTE_ALPHABET = 256
@@ -37,6 +38,9 @@ Fraction = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Rate = Annotated[float, Field(ge=0, lt=1), "a number from 0 to below 1"]
 Probability = Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"]
 Betas = Annotated[list[Rate], Field(min_length=2, max_length=2), "a list of 2, each a number from 0 to below 1"]
+FilePath = Annotated[str, Field(pattern=r"\S"), "the path of a file or folder (try quotes)"]
+SetName = Annotated[str, Field(pattern=rf"\A(?!({'|'.join(SET_NAMES)})\Z)[\w-]+\Z")]
+SETS = f"a list of `name: path`, each name of letters, digits, - or _, and none of {', '.join(SET_NAMES)}"
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -46,7 +50,7 @@ WORDS = {
 }
 
 
-def about(text: str, **limits) -> Any:
+def about(text: str, **limits: Any) -> Any:
     """A field whose description is its line in --help and in docs/settings.md."""
     return Field(description=text, **limits)
 
@@ -54,17 +58,30 @@ def about(text: str, **limits) -> Any:
 class Group(BaseModel):
     """Settings that stand together: names and types as they are written, nothing converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True, regex_engine="python-re")
     POSITIONAL: ClassVar[str | None] = None  # the option that stands on the command line without its name
+
+    def mistakes(self) -> dict[str, Any]:
+        """Whether values don't fit each other, by what the user then reads: "KEY: WHY: WHAT TO DO"."""
+        return {}
+
+    @model_validator(mode="after")
+    def check_mistakes(self) -> Self:
+        for text, broken in self.mistakes().items():
+            if broken:
+                raise ValueError(text)
+        return self
 
 
 class Data(Group):
     """Text files and how they split into documents."""
 
-    train_file: str = about("text to train on: a file or folder of .txt, .jsonl, .csv or .parquet, compressed or not")
-    valid_file: str = about("text that chooses the best checkpoint; the path of train_file: held out of it")
-    test_file: str = about("text that only the evaluation sees; the path of train_file: held out of it")
-    test_files: dict[str, str] = about("further test texts, each by a name")
+    train_file: FilePath = about(
+        "text to train on: a file or folder of .txt, .jsonl, .csv or .parquet, compressed or not"
+    )
+    valid_file: FilePath = about("text that chooses the best checkpoint; the path of train_file: held out of it")
+    test_file: FilePath = about("text that only the evaluation sees; the path of train_file: held out of it")
+    test_files: Annotated[dict[SetName, str], SETS] = about("further test texts, each by a name")
     document: Literal["blank_line", "line", "file", "separator"] = about(
         "what one document of .txt is: what stands between blank lines (blank_line), line, file, or separator"
     )
@@ -76,6 +93,10 @@ class Data(Group):
     deduplicate: Literal["none", "exact", "near"] = about(
         "leave out equal (exact) or similar (near) documents, of train those like valid's and test's: none, exact, near"
     )
+
+    def mistakes(self) -> dict[str, Any]:
+        held_out = self.valid_fraction + self.test_fraction
+        return {"data.valid_fraction: with data.test_fraction, it leaves nothing to train on: lower it": held_out >= 1}
 
 
 class Tokenizer(Group):
@@ -92,6 +113,17 @@ class Tokenizer(Group):
     sample_bytes: Count = about("train on a sample of this many bytes when train_file is larger")
     sample_seed: Seed = about("seed of that sample")
 
+    def mistakes(self) -> dict[str, Any]:
+        special, least = self.special_tokens, BYTE_ALPHABET + 1 + len(self.special_tokens)
+        merges = self.tokenizer_model is None and self.algorithm != "byte"
+        return {
+            f"tokenizer.vocab_size: {self.vocab_size} is below the byte alphabet: at least {least} (256 bytes, "
+            "end-of-text and special_tokens), or set tokenizer.algorithm: byte": merges and self.vocab_size < least,
+            f"tokenizer.special_tokens: {special}: must be two or more characters each, and stand there once": any(
+                not token.strip() or len(token) < 2 or special.count(token) > 1 for token in special
+            ),
+        }
+
 
 class Model(Group):
     """GPT-2: its shape, or a pretrained one to fine-tune."""
@@ -103,6 +135,11 @@ class Model(Group):
     n_embd: Count = about("width of the embeddings")
     dropout: Rate = about("dropout rate of embeddings, attention and residuals")
     compile: bool = about("torch.compile the training step (needs a C++ compiler on a CPU)")
+
+    def mistakes(self) -> dict[str, Any]:
+        odd = self.from_pretrained is None and self.n_embd % self.n_head
+        why = f"{self.n_embd} is not divisible by model.n_head {self.n_head}"
+        return {f"model.n_embd: {why}: change one of them": odd}
 
 
 class Optimizer(Group):
@@ -120,6 +157,13 @@ class Optimizer(Group):
     num_warmup_steps: CountOrZero = about("optimizer steps of linear warm-up from 0 to lr")
     num_training_steps: Count | None = about("optimizer steps of the whole schedule; null: as many as the trainer does")
     min_lr_ratio: Fraction | None = about("where the schedule ends, as a fraction of lr; null: 0.1, and 0 for wsd")
+
+    def mistakes(self) -> dict[str, Any]:
+        warmup, total = self.num_warmup_steps, self.num_training_steps
+        return {
+            f"optimizer.num_warmup_steps: {warmup} leaves no step after the warm-up: lower it below "
+            f"optimizer.num_training_steps {total}": total is not None and warmup >= total
+        }
 
 
 class Evaluate(Group):
@@ -173,6 +217,23 @@ class Settings(Group):
     runtime: Runtime
     options: Any = None
 
+    def mistakes(self) -> dict[str, Any]:
+        trainer, clip, batches = self.trainer, self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches
+        stride, block_size = self.evaluate.stride, self.model.block_size
+        endless = trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None
+        ends = ("max_epochs", "max_steps", "limit_train_batches")
+        return {
+            f"evaluate.stride: {stride} is above model.block_size {block_size}: lower it": (stride or 0) > block_size,
+            "trainer.max_epochs: no end of training: set it, trainer.max_steps or trainer.max_time": endless,
+            "trainer.fast_dev_run: would leave no model: set trainer.max_steps to a small number": trainer.fast_dev_run,
+            "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": (
+                isinstance(trainer.logger, bool)
+            ),
+            **{f"trainer.{name}: 0 trains nothing: raise it": trainer[name] == 0 for name in ends},
+            f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
+            f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
+        }
+
     def plain(self) -> dict[str, Any]:
         """Every setting as YAML and JSON can hold it."""
         return self.model_dump(exclude={"options"}) | {"trainer": plain(self.trainer)}
@@ -187,6 +248,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return plain(value.value)
     return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def as_list(value: Any) -> list:
+    """What may stand alone, in a list, or not at all."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def fields_of(group: type[Group], prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -258,27 +324,16 @@ def load(module: str, doc: str, options: type[Group] | None = None, argv: list[s
     values, given = read_settings(PARAMS_FILE)
     values["options"] = {}
     for key, text in arguments.given:
-        if text is None:
-            raise UserError(f"--{key}: needs one value (a value that begins with -: --{key}=VALUE)")
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError(f"--{key}: not UTF-8 text: write it in the terminal's encoding, UTF-8")
-        if key == "config":
-            more, places = read_settings(text)
-            for name, value in more.items():
-                values[name] = values.get(name, {}) | value if name in GROUPS or name == "trainer" else value
-            given |= places
-        else:
-            group, _, leaf = key.rpartition(".")
-            into = values if key == "seed_everything" else values.setdefault(group or "options", {})
-            into[leaf] = option_value(key, text, known[key][0])
-            given[key] = (f"--{key}", text)
+        more, places = read_settings(text) if key == "config" else read_option(key, text, known[key][0])
+        for name, value in more.items():
+            values[name] = value if name == "seed_everything" else values.get(name, {}) | value
+        given |= places
     try:
         values["trainer"] = check_trainer(values.get("trainer", {}), given)
         values["options"] = options.model_validate(values["options"]) if options else None
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, given, known)) from None
-    check_combinations(settings, given)
     if arguments.print_config:
         print(yaml.safe_dump(settings.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit
@@ -286,7 +341,7 @@ def load(module: str, doc: str, options: type[Group] | None = None, argv: list[s
 
 
 def parse_command(module: str, doc: str, known: dict, first: str | None, argv: list[str] | None) -> Any:
-    """What the command line sets, in its order: `given` holds (key, text), text None where there was none."""
+    """What the command line sets, in its order: `given` holds (key, text)."""
     command = CommandLine(module, doc, usage=f"python -m {module} [--config FILE] [--NAME VALUE ...]")
     command.add_argument("--print_config", action="store_true", help="print all settings as a YAML file")
     for key, (kind, text) in {"config": (str, "YAML file of settings that override params.yaml's"), **known}.items():
@@ -309,17 +364,26 @@ def parse_command(module: str, doc: str, known: dict, first: str | None, argv: l
         raise UserError(explain_unknown(name[2:], name))
     if unknown:
         raise UserError(f"{unknown[0]}: not a setting: write --NAME VALUE, see {command.prog} --help")
+    for key, text in arguments.given:
+        if text is None:
+            raise UserError(f"--{key}: needs one value (a value that begins with -: --{key}=VALUE)")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"--{key}: not UTF-8 text: write it in the terminal's encoding, UTF-8")
     return arguments
 
 
-def option_value(key: str, text: str, kind: Any) -> Any:
-    """A command line's value: text where the setting takes text, else YAML."""
-    if kind is str or kind == str | None and text != "null":
-        return text
-    return plain_yaml.read_text(text, lambda line: f"--{key}", f"--{key}")[1]
+def read_option(key: str, text: str, kind: Any) -> tuple[dict[str, Any], Places]:
+    """As `read_settings`, of a command line's KEY VALUE: text where the setting takes text, else YAML."""
+    if getattr(kind, "__origin__", kind) is str or kind == str | None and text != "null":
+        value = text
+    else:
+        _, value = plain_yaml.read_text(text, lambda line: f"--{key}", f"--{key}")
+    group, _, leaf = key.rpartition(".")
+    values = {leaf: value} if key == "seed_everything" else {group or "options": {leaf: value}}
+    return values, {key: (f"--{key}", text or "''")}
 
 
-def read_settings(path: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
+def read_settings(path: str) -> tuple[dict[str, Any], Places]:
     """A file's values, and for each dotted key its place and text, once the names are known ones."""
     values, given = plain_yaml.read_file(path)
     groups = {*GROUPS, "trainer"}
@@ -331,7 +395,7 @@ def read_settings(path: str) -> tuple[dict[str, Any], dict[str, tuple[str, str]]
     return values, given
 
 
-def check_trainer(values: dict[str, Any], given: dict[str, tuple[str, str]]) -> Namespace:
+def check_trainer(values: dict[str, Any], given: Places) -> Namespace:
     """The trainer group, each value as Lightning's Trainer takes it."""
     if values.get("precision") == "auto":
         values = values | {"precision": auto_precision(values.get("accelerator", "auto"))}
@@ -355,19 +419,29 @@ def check_trainer(values: dict[str, Any], given: dict[str, tuple[str, str]]) -> 
         raise
 
 
-def explain(error: ValidationError, given: dict[str, tuple[str, str]], known: dict) -> str:
+def first_reason(message: str) -> str:
+    """What jsonargparse says about the first type of several that a value might have."""
+    reason = re.search(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
+    return " ".join((reason[1] if reason else message).split())
+
+
+def explain(error: ValidationError, given: Places, known: dict) -> str:
     """One line for the user from pydantic's errors."""
     errors = error.errors(include_url=False)
     if missing := [".".join(map(str, each["loc"])) for each in errors if each["type"] == "missing"]:
         if missing[0] in known and "." not in missing[0] and missing[0] != "seed_everything":
             return f"--{missing[0]}: missing: give it a value"
         return f"{PARAMS_FILE}: {', '.join(missing)}: missing: `git diff {PARAMS_FILE}` shows what was removed"
+    if errors[0]["type"] == "value_error":
+        key, text = errors[0]["msg"].removeprefix("Value error, ").split(": ", 1)
+        return f"{place_of(key, given)}: {text}"
     location = [str(part) for part in errors[0]["loc"]]
     key = next(key for key in (".".join(location[:2]), location[0]) if key in known)
     return f"{place_of(key, given)}: got {short(given[key][1])}, must be {words(known[key][0])}"
 
 
 def explain_unknown(key: str, place: str) -> str:
+    """One line on a name that no setting has: an old one's fate, or the nearest known one."""
     leaf = key.split(".")[-1]
     place = place if place == f"--{key}" else f"{place}: {key}"
     if key == f"trainer.{leaf}" and leaf in Runtime.model_fields:
@@ -392,14 +466,12 @@ def words(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if get_origin(kind) in (list, Iterable):
         return f"a list of {words(arguments[0])}"
-    if get_origin(kind) is dict:
-        return "a list of `name: path`"
     if get_origin(kind) in (Union, UnionType):
         return " or ".join(dict.fromkeys(map(words, arguments)))
     return f"a {getattr(kind, '__name__', kind)}'s class_path and init_args"
 
 
-def place_of(key: str, given: dict[str, tuple[str, str]]) -> str:
+def place_of(key: str, given: Places) -> str:
     place = given.get(key, (PARAMS_FILE, ""))[0]
     return place if place == f"--{key}" else f"{place}: {key}"
 
@@ -408,45 +480,3 @@ def short(text: str) -> str:
     """A value as the file has it, on one line of bounded length."""
     text = " ".join(text.split()) or "null"
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def check_combinations(settings: Settings, given: dict[str, tuple[str, str]]) -> None:
-    """Raises UserError for values that don't fit each other."""
-    tokenizer, model, optimizer, trainer = settings.tokenizer, settings.model, settings.optimizer, settings.trainer
-    special, least = tokenizer.special_tokens, BYTE_ALPHABET + 1 + len(tokenizer.special_tokens)
-    vocab_size, warmup, total = tokenizer.vocab_size, optimizer.num_warmup_steps, optimizer.num_training_steps
-    merges = tokenizer.tokenizer_model is None and tokenizer.algorithm != "byte"
-    endless = trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None
-    odd = model.from_pretrained is None and model.n_embd % model.n_head
-    stride, clip, batches = settings.evaluate.stride, trainer.gradient_clip_val, trainer.accumulate_grad_batches
-    files = {name: value for name, value in settings.data if name.endswith("_file")}
-    data = settings.data
-    rules = {f"data.{name}: empty: name a file or folder": not value.strip() for name, value in files.items()} | {
-        f"tokenizer.vocab_size: {vocab_size} is below the byte alphabet: at least {least} (256 bytes, end-of-text and "
-        "special_tokens), or set tokenizer.algorithm: byte": merges and vocab_size < least,
-        f"data.test_files: {', '.join(data.test_files)}: a name must be letters, digits, - or _, and none of "
-        f"{', '.join(SET_NAMES)}": any(n in SET_NAMES or not re.fullmatch(r"[\w-]+", n) for n in data.test_files),
-        "data.valid_fraction: together with data.test_fraction, it leaves nothing to train on: lower it": (
-            data.valid_fraction + data.test_fraction >= 1
-        ),
-        f"tokenizer.special_tokens: {special}: must be two or more characters each, and stand there once": any(
-            not token.strip() or len(token) < 2 or special.count(token) > 1 for token in special
-        ),
-        f"model.n_embd: {model.n_embd} is not divisible by model.n_head {model.n_head}: change one of them": odd,
-        f"evaluate.stride: {stride} is above model.block_size {model.block_size}: lower it": stride is not None
-        and stride > model.block_size,
-        f"optimizer.num_warmup_steps: {warmup} leaves no step after the warm-up: lower it below "
-        f"optimizer.num_training_steps {total}": total is not None and warmup >= total,
-        "trainer.max_epochs: no end of training: set it, trainer.max_steps or trainer.max_time": endless,
-        "trainer.fast_dev_run: would leave no model: set trainer.max_steps to a small number": trainer.fast_dev_run,
-        "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": isinstance(
-            trainer.logger, bool
-        ),
-        "trainer.max_epochs: 0 trains nothing: raise it": trainer.max_epochs == 0,
-        "trainer.max_steps: 0 trains nothing: raise it": trainer.max_steps == 0,
-        "trainer.limit_train_batches: 0 trains nothing: raise it": trainer.limit_train_batches == 0,
-        f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
-        f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
-    }
-    for key, text in (rule.split(": ", 1) for rule, broken in rules.items() if broken):
-        raise UserError(f"{place_of(key, given)}: {text}")

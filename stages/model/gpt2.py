@@ -8,9 +8,10 @@ the same weights; a test holds the two against each other.
 from pathlib import Path
 from typing import Any
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, one_line
 from stages.common.hub import is_local
 from stages.common.memory import check_memory
+from stages.common.settings import Model
 from stages.model import ops
 from stages.text.tokenizers import TextTokenizer, encodes_alike, existing
 
@@ -20,6 +21,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+from transformers.pytorch_utils import Conv1D
 
 # Its notes and loading bars are about choices made here on purpose.
 transformers.logging.set_verbosity_error()
@@ -30,7 +33,7 @@ WHOLE_ATTENTION = 512
 LAYER_BYTES = 100_000  # the objects of a layer, beside its weights
 
 
-def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
+def new_model(settings: Model, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
     """A GPT-2 with random weights (from torch's global seed), of the shape in the model group.
 
     Raises:
@@ -60,7 +63,7 @@ def new_model(settings, vocab_size: int, end_of_text: int) -> GPT2LMHeadModel:
         raise UserError(f"model: no memory for {parameters:,} parameters: lower model.n_layer or n_embd") from None
 
 
-def pretrained_model(settings, tokenizer: TextTokenizer) -> GPT2LMHeadModel:
+def pretrained_model(settings: Model, tokenizer: TextTokenizer) -> GPT2LMHeadModel:
     """The GPT-2 of model.from_pretrained, ready to be fine-tuned.
 
     Raises:
@@ -71,8 +74,7 @@ def pretrained_model(settings, tokenizer: TextTokenizer) -> GPT2LMHeadModel:
     try:
         config = AutoConfig.from_pretrained(name, **options)
     except Exception as error:  # the hub, the files and the config's own code each raise their own
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}: {name!r} holds no working model ({why}): use another, or null") from None
+        raise UserError(f"{key}: {name!r} holds no working model ({one_line(error)}): use another, or null") from None
     if config.model_type != "gpt2":
         raise UserError(f"{key}: {name!r} is a {config.model_type} model: only gpt2 can be trained")
     if settings.block_size > config.n_positions:
@@ -121,14 +123,13 @@ def load_model(folder: Any, config: Any = None, **options: Any) -> GPT2LMHeadMod
         loaded: Any = GPT2LMHeadModel.from_pretrained(folder, config=config, **options)
         model, report = loaded
     except Exception as error:  # safetensors, transformers and json each raise their own
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no working GPT-2 ({why}): make or fetch it again") from None
+        raise UserError(f"{folder}: no working GPT-2 ({one_line(error)}): make or fetch it again") from None
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise UserError(f"{folder}: its weight file lacks {missing[0]}: make or fetch it again")
     return model
 
 
-def sampling(model: GPT2LMHeadModel, max_length: int, **options) -> GenerationConfig:
+def sampling(model: GPT2LMHeadModel, max_length: int, **options: Any) -> GenerationConfig:
     """How `generate` and the pipelines of transformers take texts from a model, unless they are told otherwise:
     they draw each token, and stop where the model's positions end.
 
@@ -211,7 +212,8 @@ def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor, cache: Cache | None
     return body.ln_f(x)
 
 
-def attention(attn, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+def attention(attn: GPT2Attention, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    """Causal self-attention of (B, T, n_embd), with the same shape; with a cache, over the tokens before too."""
     config = attn.config
     B, T, C = x.shape
     q, k, v = conv1d(attn.c_attn, x).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
@@ -231,13 +233,14 @@ def attention(attn, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Te
     return F.dropout(y, config.resid_pdrop, attn.training)
 
 
-def mlp(mlp, x: Tensor) -> Tensor:
+def mlp(mlp: GPT2MLP, x: Tensor) -> Tensor:
+    """The two layers between attentions: (B, T, n_embd) to the same shape."""
     x = conv1d(mlp.c_fc, x)
     # gelu_new is this very function, in one kernel instead of eight.
     x = ops.gelu(x) if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
     return F.dropout(conv1d(mlp.c_proj, x), mlp.dropout.p, mlp.training)
 
 
-def conv1d(layer, x: Tensor) -> Tensor:
+def conv1d(layer: Conv1D, x: Tensor) -> Tensor:
     """GPT-2 keeps its weights as (in, out), the transpose of torch's Linear."""
     return ops.linear(x.reshape(-1, x.shape[-1]), layer.weight.t(), layer.bias).view(*x.shape[:-1], -1)

@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 # PyTorch sends float32 products to MKL, which uses half the width of an AMD processor with AVX-512: oneDNN
 # uses all of it. On Intel's, MKL is the faster one, and so is PyTorch's own GELU.
@@ -84,12 +85,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 class OneDNNLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         # oneDNN copies a transposed first factor: let it be the smaller one.
@@ -120,7 +121,7 @@ GELU_3 = 0.044715 * GELU_1
 
 class Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -131,7 +132,7 @@ class Gelu(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, *ctx.saved_tensors, approximate="tanh")
 
 
@@ -153,7 +154,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     the logits are, so each piece of them is used up at once."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
         x, weight, V = autocast(x), autocast(weight), len(weight)
@@ -181,7 +182,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         grad = grad / len(grad_x)
         return grad_x * grad, grad_weight * grad, None
@@ -211,5 +212,6 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def pieces(x: Tensor, weight: Tensor) -> list[slice]:
+    """The rows of (N, C) hidden states whose logits are made at a time."""
     rows = max(1, LOGITS_BYTES.get(x.device.type, 1 << 28) // (4 * len(weight)))
     return [slice(i, i + rows) for i in range(0, len(x), rows)]

@@ -2,15 +2,17 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 from stages.common.devices import multiplies_bf16
+from stages.common.settings import Optimizer
 
 import torch
 from torch import Tensor
 
 
 def make_optimizer(
-    settings, matrices: list[Tensor], vectors: list[Tensor], hidden: list[Tensor], fused: bool
+    settings: Optimizer, matrices: list[Tensor], vectors: list[Tensor], hidden: list[Tensor], fused: bool
 ) -> torch.optim.Optimizer:
     """The optimizer of the optimizer group.
 
@@ -34,7 +36,7 @@ def make_optimizer(
     return optimizer
 
 
-def lr_factor(step: int, total: float, settings) -> float:
+def lr_factor(step: int, total: float, settings: Optimizer) -> float:
     """Learning rate of an optimizer step, counted from 0, as a fraction of the peak."""
     if step < settings.num_warmup_steps:
         return (step + 1) / settings.num_warmup_steps
@@ -48,7 +50,7 @@ def lr_factor(step: int, total: float, settings) -> float:
     return least + (1 - least) * shapes[settings.schedule]
 
 
-def cooldown_start(total: float, settings) -> float:
+def cooldown_start(total: float, settings: Optimizer) -> float:
     """The optimizer step, counted from 0, with which the cooldown of schedule wsd begins.
 
     Until then the learning rate doesn't depend on `total` (Hägele et al. 2024, https://arxiv.org/abs/2405.18392,
@@ -69,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             matrices = [p for p in group["params"] if p.grad is not None]
@@ -92,6 +94,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def wide(matrix: Tensor) -> Tensor:
+    """A matrix as (n, m), n <= m."""
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
 
 
@@ -112,7 +115,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([p for part in self.parts for group in part.param_groups for p in group["params"]], {})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self.parts:
             part.step()

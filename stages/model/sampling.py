@@ -1,5 +1,6 @@
 """Text from a model: one token after another, until end-of-text."""
 
+from stages.common.settings import Generate
 from stages.model.gpt2 import Cache, next_logits
 from stages.text.tokenizers import TextTokenizer
 
@@ -14,7 +15,7 @@ from transformers.generation.logits_process import (
 
 
 @torch.inference_mode()
-def continuation(model: GPT2LMHeadModel, tokenizer: TextTokenizer, prompt: str, settings, seed: int) -> str:
+def continuation(model: GPT2LMHeadModel, tokenizer: TextTokenizer, prompt: str, settings: Generate, seed: int) -> str:
     """A prompt and what the model adds to it, up to end-of-text or max_new_tokens.
 
     Args:

@@ -13,9 +13,11 @@ Every token but the first is predicted once, in the first window that reaches it
 import math
 from collections.abc import Iterator
 
+from stages.common.commands import progress_bar
 from stages.common.devices import autocast
 from stages.common.errors import UserError
 from stages.common.paths import BLOCKS
+from stages.common.settings import Evaluate
 from stages.model import gpt2
 from stages.model.intervals import interval
 from stages.text.streams import Split
@@ -23,7 +25,6 @@ from stages.text.streams import Split
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 DOCUMENT_ROWS = 1000
@@ -31,7 +32,7 @@ MAX_LOG = 700.0  # of what exp() can take
 LONGEST_WORDS = 40  # bytes a word, on average: above it the text is written without spaces between words
 
 
-def figures_of(model: GPT2LMHeadModel, split: Split, settings) -> tuple[dict, dict, dict]:
+def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tuple[dict, dict, dict]:
     """A split's figures, what stands beside them, and the tables that they are sums of.
 
     Args:
@@ -52,7 +53,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings) -> tuple[dict, di
     documents, by_position = losses_of(model, split, stride, settings)
     total, predicted = float(documents["nll"].sum()), len(split.tokens) - 1
     figures = {
-        "ppl": math.exp(min(total / predicted, MAX_LOG)),
+        "ppl": perplexity(total / predicted),
         "bits_per_byte": total / math.log(2) / split.bytes,
         "loss": total / predicted,
     }
@@ -61,10 +62,15 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings) -> tuple[dict, di
         details["word_ppl"] = math.exp(total / split.words)
     if len(documents) > 1:
         ends = interval(documents["nll"].to_numpy(), documents["tokens"].to_numpy())
-        details["ppl_low"], details["ppl_high"] = (math.exp(min(end, MAX_LOG)) for end in ends)
+        details["ppl_low"], details["ppl_high"] = map(perplexity, ends)
     details |= {"text": split.text, "stride": stride, "tokenizer": split.tokenizer}
     details["changed_documents"] = split.changed_documents
     return figures, details, {"documents": documents, "loss_by_position": by_position}
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token, kept finite."""
+    return math.exp(min(loss, MAX_LOG))
 
 
 def checked_stride(model: GPT2LMHeadModel, split: Split, stride: int | None) -> int:
@@ -81,7 +87,9 @@ def checked_stride(model: GPT2LMHeadModel, split: Split, stride: int | None) -> 
     return stride or T
 
 
-def losses_of(model: GPT2LMHeadModel, split: Split, stride: int, settings) -> tuple[pd.DataFrame, pd.DataFrame]:
+def losses_of(
+    model: GPT2LMHeadModel, split: Split, stride: int, settings: Evaluate
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of `figures_of`: nats of each document with its end-of-text, and loss by position."""
     T, group = gpt2.block_size_of(model.config), -(-split.documents // DOCUMENT_ROWS)
     documents = sizes_of_rows(split, group)
@@ -128,18 +136,10 @@ def token_losses(
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.
     full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
-    with tqdm(
-        total=N - 1, desc=f"scoring {split.name}", unit="tokens", unit_scale=True, mininterval=1, disable=None
-    ) as bar:
+    with progress_bar(N - 1, f"scoring {split.name}", "tokens") as bar:
         for windows in [*starts, [full]]:
             length = min(T, N - 1 - windows[-1] * stride)
-            batch = np.stack([split.tokens[k * stride : k * stride + length + 1] for k in windows]).astype(np.int64)
-            if batch.max() >= model.config.vocab_size:
-                raise UserError(
-                    f"{BLOCKS}/{split.name}.npy: token id {batch.max()} is outside the model's vocabulary of "
-                    f"{model.config.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
-                )
-            batch = torch.from_numpy(batch).to(model.device)
+            batch = torch.from_numpy(split.windows([k * stride for k in windows], length + 1)).to(model.device)
             with autocast(model.device, precision):
                 nll = gpt2.token_losses(model, batch).cpu().numpy()
             if not np.isfinite(nll).all():

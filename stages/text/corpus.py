@@ -140,6 +140,7 @@ def write_documents(path: Path, documents: Iterable[bytes | memoryview]) -> int:
 
 
 def batched(documents: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:
+    """Documents in runs of about BATCH_BYTES."""
     batch, size = [], 0
     for document in documents:
         if batch and size + len(document) > BATCH_BYTES:

@@ -128,6 +128,7 @@ class Encoder:
 
 
 def take(parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Parts for one batch: BATCH_BYTES of them, or what is left."""
     size = 0
     for part in parts:
         yield part

@@ -135,9 +135,11 @@ class Seen:
         self.maybe[self.low_bits(self.hashes)] = True
 
     def low_bits(self, hashes: np.ndarray) -> np.ndarray:
+        """Where in `maybe` hashes stand: (n,) int64."""
         return (hashes & np.uint64(len(self.maybe) - 1)).view(np.int64)
 
     def look(self, batch: Batch) -> None:
+        """Marks the held-out n-grams that a batch of the training text has."""
         if not len(self.hashes):
             return
         for text, offsets in parts(batch):

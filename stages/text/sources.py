@@ -10,14 +10,14 @@ import json
 import lzma
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from stages.common.errors import UserError, one_line
+from stages.common.errors import UserError, note, one_line
+from stages.common.settings import Data
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,7 +124,7 @@ def check_unchanged(path: str, document: str, files: list[SourceFile]) -> None:
         raise UserError(f"{path}: changed while it was read: run it again")
 
 
-def read_documents(file: SourceFile, settings, advance: Callable[[int], object]) -> Iterator[bytes]:
+def read_documents(file: SourceFile, settings: Data, advance: Callable[[int], object]) -> Iterator[bytes]:
     """The documents of a file in order, in UTF-8, blank ones left out.
 
     Args:
@@ -159,7 +159,7 @@ def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO | io.Buffer
     return lzma.open(raw) if compression == "xz" else io.BufferedReader(pa.CompressedInputStream(raw, compression))
 
 
-def read_txt(stream: BinaryIO, path: str, settings) -> Iterator[bytes | bytearray]:
+def read_txt(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes | bytearray]:
     marker = settings.separator.encode()
     chunks = checked_chunks(stream, path)
     if settings.document == "separator":
@@ -232,7 +232,7 @@ def split_at_marker(chunks: Iterator[bytes], marker: bytes) -> Iterator[bytes | 
     yield (current + tail).strip(b"\r\n")
 
 
-def read_jsonl(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+def read_jsonl(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
     for number, line in enumerate(stream, 1):
         if not line.isspace():
             try:
@@ -244,7 +244,7 @@ def read_jsonl(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
             yield field(row, settings.text_key, f"{path}: line {number:,}")
 
 
-def read_csv(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+def read_csv(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
     def lines() -> Iterator[str]:
         for number, line in enumerate(stream, 1):
             try:
@@ -265,7 +265,7 @@ def read_csv(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
         raise UserError(f"{path}: line {rows.line_num:,}: broken CSV: {one_line(error)}: mend it") from None
 
 
-def read_parquet(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
+def read_parquet(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
     with tempfile.TemporaryFile() as file:
         if not (isinstance(stream, io.BufferedReader) and stream.seekable()):
             while chunk := stream.read(CHUNK_BYTES):
@@ -287,6 +287,7 @@ def read_parquet(stream: BinaryIO, path: str, settings) -> Iterator[bytes]:
 
 
 def field(row: dict, key: str, place: str) -> bytes:
+    """The UTF-8 text of a row's field. Raises UserError, with the place, when there is none."""
     if key not in row:
         names = ", ".join(map(str, row)) or "none"
         raise UserError(f"{place}: no field {key!r}, there are: {names}: set data.text_key")
@@ -302,7 +303,9 @@ def field(row: dict, key: str, place: str) -> bytes:
 READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}
 
 
-def read_source(path: str, files: list[SourceFile], settings, advance: Callable[[int], object]) -> Iterator[bytes]:
+def read_source(
+    path: str, files: list[SourceFile], settings: Data, advance: Callable[[int], object]
+) -> Iterator[bytes]:
     """The documents of a source's files, one after the other.
 
     Raises:
@@ -315,7 +318,7 @@ def read_source(path: str, files: list[SourceFile], settings, advance: Callable[
             count += 1
             if look and marker and marker in document:
                 where, marker = f"{file.path} holds {marker.decode()}", b""
-                print(f"note: {where}: does data.document: separator fit {path}?", file=sys.stderr)
+                note(f"{where}: does data.document: separator fit {path}?")
             yield document
     if not count:
         raise UserError(f"{path}: only white space: it has no document")

@@ -7,12 +7,13 @@ text: equal ones are never on two sides, and text that is added moves none.
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from stages.common.errors import UserError
+from stages.common.commands import progress_bar
+from stages.common.errors import UserError, note
+from stages.common.settings import Data
 from stages.text.corpus import Documents, write_documents
 from stages.text.leakage import mixed
 from stages.text.sources import check_unchanged, find_files, read_source
@@ -27,7 +28,7 @@ SIMILARITY = 0.8  # Jaccard similarity of near-duplicates, by MinHash of their w
 SHINGLE_WORDS, PERMUTATIONS, MINHASH_SEED = 5, 128, 42
 
 
-def sources_of(settings) -> dict[str, str]:
+def sources_of(settings: Data) -> dict[str, str]:
     """The path of each split's text.
 
     Args:
@@ -37,7 +38,7 @@ def sources_of(settings) -> dict[str, str]:
     return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
-def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+def write_splits(settings: Data, folder: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     """Writes NAME.arrow for each of some splits.
 
     Args:
@@ -73,12 +74,12 @@ def write_splits(settings, folder: Path, names: Iterable[str]) -> tuple[dict[str
     return dropped, {name: hashes[name][part] for name, part in parts.items()}
 
 
-def write_sources(settings, folder: Path, paths: set[str]) -> dict[str, np.ndarray]:
+def write_sources(settings: Data, folder: Path, paths: set[str]) -> dict[str, np.ndarray]:
     """Writes the documents of each source to a hidden file of the folder; returns by path their hashes."""
     files = {path: find_files(path, settings.document) for path in sorted(paths)}
     shared = {path for path in (settings.valid_file, settings.test_file) if same(path, settings.train_file)}
     total, hashes = sum(file.size for found in files.values() for file in found), {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", mininterval=1, disable=None) as bar:
+    with progress_bar(total, "reading") as bar:
         for path, found in files.items():
             documents = read_source(path, found, settings, bar.update)
             if any(same(path, other) for other in shared):
@@ -90,6 +91,7 @@ def write_sources(settings, folder: Path, paths: set[str]) -> dict[str, np.ndarr
 
 
 def source_name(path: str, paths: Iterable[str]) -> str:
+    """The name of a source's file while the splits are made."""
     return f".{list(paths).index(path)}"
 
 
@@ -111,10 +113,11 @@ def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
 
 
 def digest(text: bytes) -> bytes:
+    """8 bytes by which documents are equal, or held out."""
     return hashlib.blake2b(text, digest_size=8).digest()
 
 
-def part_of(name: str, hashes: np.ndarray, settings) -> np.ndarray:
+def part_of(name: str, hashes: np.ndarray, settings: Data) -> np.ndarray:
     """Which documents of its source a split has, (n,) bool: all, or where it shares train's, those of some hashes."""
     where = mixed(hashes + mixed(np.array([settings.split_seed], np.uint64))) / 2.0**64
     held_out = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
@@ -158,6 +161,7 @@ def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) 
 
 
 def select(source: Documents, part: np.ndarray, target: Path) -> None:
+    """Writes those documents of a source that a split has, `part` (n,) bool."""
     if part.all():
         os.link(source.path, target)
     else:
@@ -176,7 +180,7 @@ def cut_if_single(documents: Iterator[bytes], path: str) -> Iterator[bytes]:
         return
     (text,) = first
     ends = PARAGRAPH_END if PARAGRAPH_END.search(text) else LINE_END
-    print(f"note: {path} is one document: it is held out of in pieces that end at paragraphs", file=sys.stderr)
+    note(f"{path} is one document: it is held out of in pieces that end at paragraphs")
     start = last = 0
     for match in ends.finditer(text):
         paragraph, last = text[last : match.start()], match.end()

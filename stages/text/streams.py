@@ -10,7 +10,6 @@ changes no other split's files.
 
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,16 +17,17 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from stages.common.errors import UserError
-from stages.common.files import new_folder
+from stages.common.commands import progress_bar
+from stages.common.errors import OneProcessError, UserError, note
+from stages.common.files import new_folder, write_json
 from stages.common.paths import BLOCKS
+from stages.common.settings import Data
 from stages.text.corpus import Documents
 from stages.text.encoding import Encoder, document_parts
 from stages.text.splits import write_splits
 from stages.text.tokenizers import load_tokenizer
 
 import numpy as np
-from tqdm import tqdm
 
 AGAIN = "make it again with `dvc repro tokenize_blocks` (or --force)"
 
@@ -63,6 +63,20 @@ class Split:
     end_of_text: int
     sha256: str
     changed_documents: int
+
+    def windows(self, starts: Iterable[int], length: int) -> np.ndarray:
+        """Stretches of the stream: (len(starts), length) int64; alone, one at the end may be shorter.
+
+        Raises:
+            OneProcessError: a token id is outside the vocabulary.
+        """
+        windows = np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+        if windows.max() >= self.vocab_size:
+            raise OneProcessError(
+                f"{self.path}: token id {windows.max()} is outside the vocabulary of {self.vocab_size:,}: "
+                "make it again with `dvc repro --force tokenize_blocks`"
+            )
+        return windows
 
     def sizes(self) -> np.ndarray:
         """Bytes and words of each document: (documents, 2) uint64, mapped into memory.
@@ -108,7 +122,7 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
 
 
 @contextmanager
-def fresh_blocks(settings, names: Iterable[str], tokenizer_folder: str | Path) -> Iterator[dict[str, Split]]:
+def fresh_blocks(settings: Data, names: Iterable[str], tokenizer_folder: str | Path) -> Iterator[dict[str, Split]]:
     """The token streams of some splits, made of the text that the settings name, in a folder for the time being.
 
     Args:
@@ -153,7 +167,7 @@ def write_blocks(
             "end_of_text": tokenizer.end_of_text,
         }
         for name, content in {**counts, "meta": meta}.items():
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+            write_json(folder / f"{name}.json", content)
     say_changes(encoders)
     return counts
 
@@ -165,7 +179,7 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
     with (
         target.open("wb") as file,
         target.with_suffix(".documents.npy").open("wb") as sizes,
-        tqdm(total=documents.size, unit="B", unit_scale=True, desc=documents.name, mininterval=1, disable=None) as bar,
+        progress_bar(documents.size, documents.name) as bar,
     ):
         # A header has a fixed size, so it can be written again once the length is known.
         np.lib.format.write_array_header_1_0(file, header((0,), dtype))
@@ -218,12 +232,12 @@ def say_changes(encoders: dict[str, Encoder]) -> None:
         split, encoder = next(iter(changed.items()))
         number, text, back = encoder.changes.first
         many = ", ".join(f"{e.changes.documents:,} of {e.documents:,} {name}" for name, e in changed.items())
-        print(
-            f"note: the tokenizer changes the text of {many} documents, first {text!r} to {back!r} in {split} document "
-            f"{number:,}: bytes and words are those of the original text",
-            file=sys.stderr,
+        note(
+            f"the tokenizer changes the text of {many} documents, first {text!r} to {back!r} in {split} document "
+            f"{number:,}: bytes and words are those of the original text"
         )
 
 
 def header(shape: tuple[int, ...], dtype: np.dtype) -> dict:
+    """What an .npy file says of its array."""
     return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

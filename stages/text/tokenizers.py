@@ -5,20 +5,19 @@ import json
 import os
 import re
 import shutil
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from stages.common.errors import UserError, one_line
+from stages.common.errors import UserError, note, one_line
 from stages.common.hub import is_local
 
 import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SENTENCEPIECE_FILE = "spiece.model"
 # The roles that tokens may have in tokenizer_config.json.
@@ -75,7 +74,8 @@ class TextTokenizer(ABC):
         """Uses a faster library from now on, where one is proven to give the same ids."""
 
     @abstractmethod
-    def decode_batch(self, ids: list[list[int]]) -> list[str]: ...
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        """The text of each list of ids, control tokens spelled out."""
 
     def decode(self, ids: list[int]) -> str:
         return self.decode_batch([ids])[0]
@@ -130,7 +130,7 @@ class JsonTokenizer(TextTokenizer):
 
     def slow_down(self, why: str) -> None:
         self.fast = None
-        print(f"note: encoding by tokenizers, not by the faster fastokens: {why}", file=sys.stderr)
+        note(f"encoding by tokenizers, not by the faster fastokens: {why}")
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         if self.fast is None:
@@ -146,9 +146,7 @@ class JsonTokenizer(TextTokenizer):
         return result
 
     def encode_batch_slowly(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [encoding.ids for encoding in self.encoder.encode_batch_fast(texts, add_special_tokens=False)]
-        ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(ids), np.uint32, ends[-1]), ends
+        return joined([each.ids for each in self.encoder.encode_batch_fast(texts, add_special_tokens=False)])
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
         return self.tokenizer.decode_batch(ids, skip_special_tokens=False)
@@ -170,9 +168,7 @@ class SentencePieceTokenizer(TextTokenizer):
         self.fingerprint = hashlib.sha256(raw + str(self.end_of_text).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = self.model.encode(texts, out_type=int, num_threads=1)
-        ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
-        return np.fromiter(chain.from_iterable(ids), np.uint32, ends[-1]), ends
+        return joined(self.model.encode(texts, out_type=int, num_threads=1))
 
     def decode_batch(self, ids: list[list[int]]) -> list[str]:
         return self.model.decode(ids)
@@ -182,6 +178,12 @@ class SentencePieceTokenizer(TextTokenizer):
         # The class of transformers 4 and 5 that takes its ids from SentencePiece itself. It would add a sep_token.
         config = {"sep_token": config["eos_token"], **config}
         write_config(folder, {"tokenizer_class": "BertGenerationTokenizer", **config})
+
+
+def joined(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of some texts one after the other, (N,) uint32, and where each text ends, (n,) int64."""
+    ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(ids), np.uint32, ends[-1]), ends
 
 
 def write_config(folder: str | Path, config: dict) -> None:
@@ -217,8 +219,7 @@ def load_tokenizer(folder: str | Path) -> TextTokenizer:
     except Exception as error:  # tokenizers raises plain Exception
         if isinstance(error, KeyError) and "end_of_text" in locals():
             raise UserError(f"{folder}: its end-of-text token {end_of_text!r} is not in its vocabulary") from None
-        why = one_line(error)
-        raise UserError(f"{folder}: no working tokenizer ({why}): make it again with `dvc repro`") from None
+        raise UserError(f"{folder}: no working tokenizer ({one_line(error)}): make it again with `dvc repro`") from None
 
 
 def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokenizer, dict]:
@@ -246,16 +247,15 @@ def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokeni
         raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
     if auto.is_fast and getattr(auto.backend_tokenizer.model, "dropout", None):
         auto.backend_tokenizer.model.dropout = None
-        print(f"note: {key}: {name!r} drops merges at random (dropout): this is off here", file=sys.stderr)
+        note(f"{key}: {name!r} drops merges at random (dropout): this is off here")
     special = auto.get_added_vocab()  # control tokens to AutoTokenizer where a text spells them
     texts = (text for text in chain(HARD_TEXTS, texts) if not any(token in text for token in special))
     with silent_rust():
         differs = any(auto.encode(text, add_special_tokens=False) != tokenizer.encode(text) for text in texts)
     if differs:
-        print(
-            f"note: {key}: transformers' {type(auto).__name__} gives other ids than the {source} of {name!r}: "
-            f"those of {source} are used",
-            file=sys.stderr,
+        note(
+            f"{key}: transformers' {type(auto).__name__} gives other ids than the {source} of {name!r}: "
+            f"those of {source} are used"
         )
     tokens = {role: token for role, token in tokens.items() if token in tokenizer.vocab}
     return tokenizer, tokens
@@ -274,7 +274,7 @@ def silent_rust() -> Iterator[None]:
         os.close(kept)
 
 
-def of_files(name: str, auto, tokens: dict[str, str]) -> tuple[TextTokenizer | None, str]:
+def of_files(name: str, auto: PreTrainedTokenizerBase, tokens: dict[str, str]) -> tuple[TextTokenizer | None, str]:
     """The tokenizer that a folder's or id's files hold, and the file it is from. What AutoTokenizer makes of
     them may differ: transformers 5 builds some classes anew from the vocabulary, without the file's other parts.
 
@@ -357,6 +357,7 @@ def out_of_reach_of_sentencepiece(raw: bytes, control: set[str]) -> bytes:
 
 
 def hidden(token: str) -> str:
+    """A name that no text has: eight characters that stand for none come first."""
     return f"{chr(0x10FFFE) * 8}{token}"
 
 

@@ -39,7 +39,9 @@ class BestWeights(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
-    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Tensor, batch: Tensor, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if batch_idx == 0 and not trainer.sanity_checking:
             self.seen = batch.to("cpu", copy=True), float(outputs.double().mean())
 
@@ -54,6 +56,7 @@ class BestWeights(Callback):
             self.keep(trainer)
 
     def keep(self, trainer: Trainer) -> None:
+        """Copies the weights, whole and on the CPU, in the first process."""
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             if trainer.lightning_module.model.config.tie_word_embeddings:

@@ -9,6 +9,7 @@ the start of a cooldown, stay for them.
 """
 
 import fcntl
+import math
 import os
 import random
 import signal
@@ -18,8 +19,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, TextIO
 
-from stages.common.errors import UserError
+from stages.common.errors import UserError, note, one_line
 from stages.common.paths import CHECKPOINTS
+from stages.common.settings import Optimizer, Runtime
+from stages.model.optimizers import cooldown_start
 from stages.training import lightning_internals as internals
 from stages.training.best import BestWeights
 from stages.training.history import History
@@ -86,9 +89,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            why = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{path}: can't be written ({why}): free some disk space, then `dvc repro` goes on"
+                f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
             ) from None
 
 
@@ -142,7 +144,12 @@ class Checkpoints(Callback):
     stays until DVC has recorded the stage: killed before that, the next run has only to export it.
     """
 
-    def __init__(self, identity: str, tokenizer: str, settings: Any, best: BestWeights):
+    # Not Lightning's ModelCheckpoint (2.6): at train_time_interval it saves after any batch, also before the last one
+    # of an optimizer step, whose gradients would be lost, and before the validation that the step brings; with
+    # save_on_exception wherever the exception falls. It decides in the first process, where a signal must be agreed
+    # on by all, and its files know no identity, no trunk, and none that serves when the newest is damaged.
+
+    def __init__(self, identity: str, tokenizer: str, settings: Runtime, best: BestWeights):
         self.folder, self.identity, self.tokenizer = CHECKPOINTS / identity[:16], identity, tokenizer
         self.final = self.folder / "final.ckpt"
         self.trunk, self.trunk_identity, self.cooldown = None, None, -1
@@ -155,9 +162,18 @@ class Checkpoints(Callback):
         self.last_validation = float("inf")  # seconds; how long the first one takes isn't known
         self.random = None
 
-    def share_trunk(self, identity: str, cooldown: int) -> None:
-        """Steps up to the start of the cooldown are of this identity."""
-        self.trunk, self.trunk_identity, self.cooldown = CHECKPOINTS / identity[:16], identity, cooldown
+    def share_trunk(self, identity: str, settings: Optimizer, steps: float) -> None:
+        """With schedule wsd, steps up to the start of the cooldown are of this identity.
+
+        Args:
+            settings: the optimizer group.
+            steps: of the whole training.
+        """
+        total = settings.num_training_steps or steps
+        # A training that ends before its warm-up takes a shorter one, which is no other's trunk.
+        if settings.schedule == "wsd" and settings.num_warmup_steps < total < math.inf:
+            self.trunk, self.trunk_identity = CHECKPOINTS / identity[:16], identity
+            self.cooldown = cooldown_start(total, settings)
 
     def resumable(self) -> list[Path]:
         """Checkpoints that this run can go on from, the newest first."""
@@ -181,9 +197,8 @@ class Checkpoints(Callback):
                     raise ValueError("it belongs to another run")
                 return path
             except Exception as error:  # a damaged file can fail in any way
-                why = str(error).strip().split("\n")[0]
                 if trainer.is_global_zero:
-                    print(f"note: {path} is passed over: {why}", file=sys.stderr)
+                    note(f"{path} is passed over: {one_line(error)}")
         return None
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -206,15 +221,14 @@ class Checkpoints(Callback):
         vars(self).update(state)
         changed = [f"{key} {before[key]}, now {value}" for key, value in machine().items() if before[key] != value]
         if changed and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(
-                f"note: the checkpoint was made with {'; '.join(changed)}: the result may differ in its last bits "
-                "from that of a run never interrupted",
-                file=sys.stderr,
+            note(
+                f"the checkpoint was made with {'; '.join(changed)}: the result may differ in its last bits "
+                "from that of a run never interrupted"
             )
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.started = self.last_saved = time.monotonic()
-        self.last_step = trainer.global_step
+        self.last_step, self.planned = trainer.global_step, trainer.datamodule.planned_steps(trainer)
         internals.begin_batch_again(trainer)
         self.signals.listen(trainer, self.identity)
         internals.repeat_epoch_start(trainer)
@@ -227,7 +241,7 @@ class Checkpoints(Callback):
         received, elapsed = self.signals.agree(time.monotonic() - self.last_saved)
         due = self.every_steps and trainer.global_step % self.every_steps == 0
         due = due or self.every_seconds and elapsed >= self.every_seconds
-        due = due or self.long_validation(trainer) and internals.validation_follows(trainer, batch_idx)
+        due = due or self.long_validation(trainer) and internals.validation_follows(trainer, batch_idx, self.planned)
         due = due or self.keep_trunks and trainer.global_step == self.cooldown
         if (due or received) and trainer.global_step > self.last_step:
             self.save(trainer)
@@ -243,6 +257,7 @@ class Checkpoints(Callback):
         return trainer.world_size == 1 and self.last_validation >= LONG_VALIDATION_SECONDS
 
     def save(self, trainer: Trainer) -> None:
+        """Saves a resume checkpoint, and deletes those that it makes superfluous."""
         finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
@@ -254,14 +269,14 @@ class Checkpoints(Callback):
         if trainer.is_global_zero:
             trunks = sorted(CHECKPOINTS.glob("*/trunk-*.ckpt"), key=os.path.getmtime)
             for old in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *trunks[: -self.keep_trunks or None]]:
-                old.unlink()
-                if not any(old.parent.iterdir()):
-                    old.parent.rmdir()
+                remove(old)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.validation_started = time.monotonic()
 
-    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         # A checkpoint from before the last step is there only where one was due to `long_validation`.
         if self.signals.received and self.long_validation(trainer) and self.last_step == trainer.global_step - 1:
             raise Interrupted(self.signals.received)
@@ -323,6 +338,11 @@ def remove_older_finished(run: Path) -> None:
     for final in CHECKPOINTS.glob("*/final.ckpt"):
         if final.parent != run:
             for file in [*final.parent.glob("step-*.ckpt"), final]:
-                file.unlink()
-            if not any(final.parent.iterdir()):
-                final.parent.rmdir()
+                remove(file)
+
+
+def remove(file: Path) -> None:
+    """Deletes a checkpoint, and its folder when it was the last one there."""
+    file.unlink()
+    if not any(file.parent.iterdir()):
+        file.parent.rmdir()

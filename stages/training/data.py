@@ -1,15 +1,16 @@
 """Batches of blocks, in an order that seed and epoch alone decide."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from stages.common.errors import OneProcessError
+from stages.common.settings import Settings
 from stages.text.streams import Split
 from stages.training.lightning_internals import batches_done
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -22,14 +23,7 @@ class BlockDataset(Dataset):
 
     def __getitems__(self, blocks: list[int]) -> Tensor:
         """(B, T + 1) int64 token ids of B blocks; the stream's last block alone may be shorter."""
-        T, tokens = self.T, self.split.tokens
-        batch = np.stack([tokens[i * T : i * T + T + 1] for i in blocks]).astype(np.int64)
-        if batch.max() >= self.split.vocab_size:
-            raise OneProcessError(
-                f"data/blocks/{self.split.name}.npy: token id {batch.max()} is outside the vocabulary of "
-                f"{self.split.vocab_size:,}: make it again with `dvc repro --force tokenize_blocks`"
-            )
-        return torch.from_numpy(batch)
+        return torch.from_numpy(self.split.windows([i * self.T for i in blocks], self.T + 1))
 
 
 class ShuffledBatches(Sampler):
@@ -64,28 +58,33 @@ class LateLoader(DataLoader):
         yield from super().__iter__()
 
 
-def optimizer_steps(trainer: pl.Trainer, batches: int) -> float:
-    """Optimizer steps of a whole training, before it begins: what Lightning's estimated_stepping_batches then says.
-
-    Args:
-        batches: of an epoch.
-    """
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    by_epochs = math.ceil(batches / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
-    ends = [steps for steps in (trainer.max_steps, by_epochs) if steps > 0]
-    return min(ends, default=math.inf)
-
-
 class Blocks(pl.LightningDataModule):
     """The batches of training and validation."""
 
-    def __init__(self, train: Split, valid: Split, settings):
+    def __init__(self, train: Split, valid: Split, settings: Settings):
         super().__init__()
         self.train, self.valid, self.settings = train, valid, settings
         self.T, self.batch_size = settings.model.block_size, settings.optimizer.batch_size
 
-    def loader(self, split: Split, batches) -> DataLoader:
+    def planned_steps(self, trainer: pl.Trainer) -> float:
+        """Optimizer steps of the whole training, infinite where neither steps nor epochs end it.
+
+        Lightning's estimated_stepping_batches says it only once a training has begun, and knows no schedule of
+        batches a step.
+        """
+        limit, batches = trainer.limit_train_batches, (len(self.train.tokens) - 1) // self.T // self.batch_size
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        if trainer.max_epochs in (None, -1):
+            steps = math.inf
+        elif schedules:
+            per_step = map(schedules[0].get_accumulate_grad_batches, range(trainer.max_epochs))
+            steps = sum(math.ceil(batches / each) for each in per_step)
+        else:
+            steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
+        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    def loader(self, split: Split, batches: Iterable[list[int]]) -> DataLoader:
         workers = self.settings.runtime.num_workers
         return LateLoader(
             BlockDataset(split, self.T),

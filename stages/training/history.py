@@ -2,15 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from stages.common.errors import UserError
 from stages.common.files import write_text
 from stages.training.lightning_internals import batches_seen
+from stages.training.module import LanguageModel
 
 import pandas as pd
 import torch
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor
+from torch.optim import Optimizer
 
 HISTORY_POINTS = 200
 
@@ -25,13 +30,13 @@ class History(Callback):
     def __init__(self):
         self.train, self.valid, self.losses, self.interval = [], [], [], 1
 
-    def on_train_start(self, trainer, module) -> None:
+    def on_train_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
         # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
         self.each_step = module.device.type == "cpu" and trainer.world_size == 1
         self.losses = [loss.to(module.device) for loss in self.losses]  # a checkpoint's are on the CPU
 
-    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, module: LanguageModel, optimizer: Optimizer) -> None:
         step = trainer.global_step + 1
         if step % self.interval == 0 or step % trainer.log_every_n_steps == 0:
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -40,7 +45,9 @@ class History(Callback):
                 square = self.grad_norm.square().to(module.device)
                 self.grad_norm = trainer.strategy.reduce(square, reduce_op="sum").sqrt()
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
         self.loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.losses.append(self.loss)
         stepped = (
@@ -72,20 +79,22 @@ class History(Callback):
             for earlier, later in zip(self.train[::2], self.train[1::2], strict=True)
         ]
 
-    def tokens(self, trainer) -> int:
+    def tokens(self, trainer: Trainer) -> int:
+        """Tokens that the training has seen."""
         return batches_seen(trainer) * self.T * self.batch_size
 
-    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, module: LanguageModel, checkpoint: dict) -> None:
         if self.losses:
             self.share(trainer)
             self.check(trainer)  # a checkpoint made after it would never get past it
             checkpoint["callbacks"][self.state_key] = self.state_dict()
 
-    def share(self, trainer) -> None:
+    def share(self, trainer: Trainer) -> None:
         """Makes the losses the means over all processes, so that all of them, and any number of others, go on alike."""
         self.losses = list(trainer.strategy.reduce(torch.stack(self.losses), reduce_op="mean"))
 
-    def check(self, trainer) -> None:
+    def check(self, trainer: Trainer) -> None:
+        """Raises UserError when a loss that hasn't been looked at yet is not a finite number."""
         if self.each_step and math.isfinite(self.losses[-1]):
             return
         finite = torch.isfinite(torch.stack(self.losses[-1:] if self.each_step else self.losses))
@@ -97,7 +106,7 @@ class History(Callback):
                 "trainer.gradient_clip_val (checkpoints made before it are kept)"
             )
 
-    def on_validation_end(self, trainer, module) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LanguageModel) -> None:
         if not trainer.sanity_checking:
             self.valid.append(
                 {"step": trainer.global_step, "tokens": self.tokens(trainer), "valid_loss": module.valid_loss}
@@ -117,7 +126,3 @@ class History(Callback):
         }
         for name, rows in (("train", self.train), ("valid", self.valid)):
             write_text(folder / f"{name}.csv", pd.DataFrame(rows, columns=columns[name]).to_csv(index=False))
-
-
-def valid_metrics(loss: float) -> dict[str, float]:
-    return {"valid_loss": loss, "valid_ppl": math.exp(min(loss, 700.0))}

@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from stages.common.settings import Settings
+from stages.common.settings import Settings, as_list
 from stages.text.streams import Split
 
 import numpy as np
@@ -25,20 +25,17 @@ HORIZON = {
 }
 
 
-def run_identity(settings: Settings, train: Split, valid: Split, trunk: bool = False) -> str:
+def run_identity(settings: Settings, train: Split, valid: Split) -> tuple[str, str]:
     """SHA-256 of all that decides the bytes of the run's result, except how many devices share the work.
 
     Args:
         settings: all settings.
         train, valid: the token streams.
-        trunk: of what comes before the cooldown of schedule wsd: of all but the horizon.
+    Returns:
+        the run's, and that of what comes before the cooldown of schedule wsd: of all but the horizon.
     """
     plain = settings.plain()
     decides = {key: plain[key] for key in ("model", "optimizer", "trainer", "seed_everything")}
-    callbacks = decides["trainer"]["callbacks"] or []
-    if trunk and not any(map(may_know_horizon, callbacks if isinstance(callbacks, list) else [callbacks])):
-        for group, keys in HORIZON.items():
-            decides[group] = {key: value for key, value in decides[group].items() if key not in keys}
     for key in ("devices", "num_nodes", "strategy", "logger"):
         decides["trainer"].pop(key)
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
@@ -47,6 +44,14 @@ def run_identity(settings: Settings, train: Split, valid: Split, trunk: bool = F
     for weights in sorted(Path(settings.model.from_pretrained or os.devnull).glob("*.safetensors")):
         with weights.open("rb") as file:
             decides[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    run = digest(decides)
+    if not any(map(may_know_horizon, as_list(decides["trainer"]["callbacks"]))):
+        for group, keys in HORIZON.items():
+            decides[group] = {key: value for key, value in decides[group].items() if key not in keys}
+    return run, digest(decides)
+
+
+def digest(decides: dict) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -4,12 +4,11 @@ tests/training/test_lightning_internals.py fails when an upgrade takes one away.
 stages/model/ops.py (`mkldnn._linear_pointwise`, `mallopt`) and are held by the same test.
 """
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, GradientAccumulationScheduler
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
@@ -70,24 +69,16 @@ def validate(trainer: pl.Trainer) -> None:
     trainer.training = True
 
 
-def validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer step that begins is the last one before a validation."""
+def validation_follows(trainer: pl.Trainer, batch_idx: int, steps: float) -> bool:
+    """Whether the optimizer step that begins is the last one before a validation.
+
+    Args:
+        steps: of the whole training.
+    """
     interval = trainer.val_check_batch
     first = batch_idx if trainer.check_val_every_n_epoch else batches_begun(trainer)
     last = min(first + trainer.accumulate_grad_batches, first - batch_idx + trainer.num_training_batches)
-    ends = trainer.global_step + 1 >= planned_steps(trainer)
-    return ends or isinstance(interval, int) and last // interval > first // interval
-
-
-def planned_steps(trainer: pl.Trainer) -> float:
-    """Optimizer steps of the whole training: `estimated_stepping_batches` knows no schedule of batches a step."""
-    steps = trainer.estimated_stepping_batches
-    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
-    if not schedules or trainer.max_epochs in (None, -1):
-        return steps
-    per_epoch = (schedules[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
-    scheduled = sum(math.ceil(trainer.num_training_batches / batches) for batches in per_epoch)
-    return scheduled if trainer.max_steps == -1 else min(scheduled, trainer.max_steps)
+    return trainer.global_step + 1 >= steps or isinstance(interval, int) and last // interval > first // interval
 
 
 def cluster_environment(trainer: pl.Trainer) -> ClusterEnvironment:

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from stages.common.settings import Settings
+from stages.model.scoring import perplexity
 from stages.text.streams import Split
 from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints
@@ -51,13 +53,14 @@ FIGURES_OF_A_PART = """On {tokens:,} of the {all:,} predicted tokens of the vali
 
 def valid_figures(best: BestWeights, valid: Split) -> dict[str, float]:
     """loss, ppl and, where all of the split was scored, bits_per_byte, as stages/model/scoring.py defines them."""
-    figures = {"loss": best.loss, "ppl": math.exp(min(best.loss, 700.0))}
+    figures = {"loss": best.loss, "ppl": perplexity(best.loss)}
     if best.tokens == len(valid.tokens) - 1:
         figures["bits_per_byte"] = best.loss * best.tokens / math.log(2) / valid.bytes
     return figures
 
 
 def figures_table(best: BestWeights, valid: Split, context: int) -> str:
+    """The figures on the validation text, in Markdown."""
     if best.step is None:
         return "It was trained without validation."
     figures = valid_figures(best, valid)
@@ -66,7 +69,7 @@ def figures_table(best: BestWeights, valid: Split, context: int) -> str:
     return table.format(context=context, **counts, **figures)
 
 
-def model_card(settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
+def model_card(settings: Settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
     """The card of a trained model.
 
     It says only what the train stage's inputs decide (no date, no commit, no name of a text file),
@@ -81,17 +84,6 @@ def model_card(settings, parameters: int, train: Split, valid: Split, checkpoint
     best = checkpoints.best
     pretrained = settings.model.from_pretrained
     figures = valid_figures(best, valid) if best.step is not None else {}
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2"],
-        base_model=pretrained if pretrained and not Path(pretrained).exists() else None,
-        model_name="gpt2",
-        eval_results=[
-            EvalResult("text-generation", "text", "validation text", {"ppl": "perplexity"}.get(name, name), value)
-            for name, value in figures.items()
-        ],
-    )
     optimizer = settings.optimizer
     body = BODY.format(
         parameters=parameters,
@@ -113,4 +105,19 @@ def model_card(settings, parameters: int, train: Split, valid: Split, checkpoint
             sort_keys=False,
         ),
     )
-    return ModelCard(f"---\n{header}\n---\n{body}", ignore_metadata_errors=False)
+    return ModelCard(f"---\n{header_of(pretrained, figures)}\n---\n{body}", ignore_metadata_errors=False)
+
+
+def header_of(pretrained: str | None, figures: dict[str, float]) -> ModelCardData:
+    """The metadata of a model, by the model that it was before and its figures on the validation text."""
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2"],
+        base_model=pretrained if pretrained and not Path(pretrained).exists() else None,
+        model_name="gpt2",
+        eval_results=[
+            EvalResult("text-generation", "text", "validation text", {"ppl": "perplexity"}.get(name, name), value)
+            for name, value in figures.items()
+        ],
+    )

@@ -1,18 +1,18 @@
 """A GPT-2 as Lightning trains it: its loss, its validation, its optimizer."""
 
 import math
-import sys
 
-from stages.common.errors import UserError
-from stages.common.settings import Optimizer
+from stages.common.errors import UserError, note
+from stages.common.settings import Optimizer, Settings
 from stages.model import gpt2
 from stages.model.optimizers import lr_factor, make_optimizer
+from stages.model.scoring import perplexity
 from stages.training import lightning_internals as internals
-from stages.training.history import valid_metrics
 
 import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
+from transformers import GPT2LMHeadModel
 
 
 def with_room_after_warmup(settings: Optimizer, total: float, say: bool) -> Optimizer:
@@ -21,10 +21,9 @@ def with_room_after_warmup(settings: Optimizer, total: float, say: bool) -> Opti
         return settings
     steps = int(total) // 10
     if say:
-        print(
-            f"note: optimizer.num_warmup_steps: {settings.num_warmup_steps} leaves nothing of {total} training steps: "
-            f"it takes {steps}",
-            file=sys.stderr,
+        note(
+            f"optimizer.num_warmup_steps: {settings.num_warmup_steps} leaves nothing of {total} training steps: "
+            f"it takes {steps}"
         )
     return settings.model_copy(update={"num_warmup_steps": steps})
 
@@ -35,7 +34,7 @@ class LanguageModel(internals.QuickAttributes):
     valid_loss: float
     valid_tokens: int
 
-    def __init__(self, model, settings):
+    def __init__(self, model: GPT2LMHeadModel, settings: Settings):
         super().__init__()
         self.model = model
         self.settings = settings
@@ -100,14 +99,19 @@ class LanguageModel(internals.QuickAttributes):
             UserError: the schedule has no end.
         """
         settings = self.settings.optimizer
-        total = settings.num_training_steps or internals.planned_steps(self.trainer)
+        total = settings.num_training_steps or self.trainer.datamodule.planned_steps(self.trainer)
         if math.isinf(total) and settings.schedule != "constant":
             raise UserError(
                 f"optimizer.num_training_steps: null, but {settings.schedule} needs to know where training ends"
             )
         return total
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
         if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
             self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning itself can't
@@ -119,3 +123,8 @@ class LanguageModel(internals.QuickAttributes):
                 torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def valid_metrics(loss: float) -> dict[str, float]:
+    """What is logged of a validation: its loss, in nats a token, and its perplexity."""
+    return {"valid_loss": loss, "valid_ppl": perplexity(loss)}

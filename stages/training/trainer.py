@@ -6,8 +6,8 @@ import shutil
 import warnings
 from typing import Any
 
-from stages.common.errors import UserError, first_reason
-from stages.common.settings import Settings, trainer_parser
+from stages.common.errors import UserError, one_line
+from stages.common.settings import Settings, as_list, trainer_parser
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
 
@@ -42,10 +42,8 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
     """
     try:
         arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
-        users = arguments.pop("callbacks") or []
-        users = users if isinstance(users, list) else [users]
-        loggers, plugins = arguments.pop("logger"), arguments.pop("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        users, plugins = as_list(arguments.pop("callbacks")), as_list(arguments.pop("plugins"))
+        loggers = arguments.pop("logger")
         check_refused("callbacks", users)
         check_refused("plugins", plugins)
         return pl.Trainer(
@@ -63,7 +61,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         # Lightning and the users' callbacks check their arguments in their own ways.
-        raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
+        raise UserError(f"trainer: {one_line(error, 1000)}: change the trainer group") from None
 
 
 def check_refused(key: str, users: list[Any]) -> None:
@@ -78,7 +76,7 @@ def check_refused(key: str, users: list[Any]) -> None:
             raise UserError(f"trainer.{key}: {name} monitors {monitor!r}: the metrics are {', '.join(METRIC_NAMES)}")
 
 
-def check_processes(trainer: pl.Trainer, settings) -> None:
+def check_processes(trainer: pl.Trainer, settings: Settings) -> None:
     """Raises UserError when the settings don't fit each other or the processes that were started."""
     strategy, processes = trainer.strategy, trainer.num_devices * trainer.num_nodes
     optimizer = settings.optimizer

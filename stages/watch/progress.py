@@ -1,20 +1,22 @@
 """The progress line, and what TensorBoard and DVCLive draw while a model trains."""
 
 import math
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from stages.common.errors import first_reason
+from stages.common.errors import note, one_line
 from stages.common.files import write_text
 from stages.common.paths import LOGS
-from stages.training.history import History, valid_metrics
-from stages.training.lightning_internals import planned_steps
+from stages.training.history import History
+from stages.training.module import LanguageModel, valid_metrics
 
 import dvclive
 from dvclive.lightning import DVCLiveLogger
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from torch import Tensor
 from tqdm import tqdm
 
 LIVE = LOGS / "dvclive"
@@ -32,12 +34,12 @@ class Live(Callback):
     def __init__(self, history: History):
         self.history, self.bar = history, None
 
-    def shown(self, trainer, module) -> bool:
+    def shown(self, trainer: Trainer, module: LanguageModel) -> bool:
         users = trainer.progress_bar_callback is not None  # one of Lightning's, by class_path
         return module.settings.runtime.enable_progress_bar and trainer.is_global_zero and not users
 
-    def on_train_start(self, trainer, module) -> None:
-        steps = planned_steps(trainer)
+    def on_train_start(self, trainer: Trainer, module: LanguageModel) -> None:
+        steps = trainer.datamodule.planned_steps(trainer)
         show = self.shown(trainer, module)
         self.bar = tqdm(
             total=steps if math.isfinite(steps) else None,
@@ -59,7 +61,9 @@ class Live(Callback):
                 for row in self.history.valid:
                     log_live(logger.experiment, valid_metrics(row["valid_loss"]), row["step"])
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
         self.losses += self.history.loss
         self.batches += 1
         if trainer.global_step == self.step:
@@ -78,7 +82,7 @@ class Live(Callback):
         self.record(trainer, metrics)
         self.losses, self.batches, self.since = 0.0, 0, now
 
-    def record(self, trainer, metrics: dict[str, float]) -> None:
+    def record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if not isinstance(logger, DVCLiveLogger):
@@ -89,10 +93,10 @@ class Live(Callback):
                 if not (LIVE / "dvc.yaml").exists():
                     write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
 
-    def on_validation_start(self, trainer, module) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.validation_started = time.monotonic()
 
-    def on_validation_end(self, trainer, module) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LanguageModel) -> None:
         if trainer.sanity_checking or self.bar is None:
             return
         metrics = valid_metrics(module.valid_loss)
@@ -104,10 +108,10 @@ class Live(Callback):
             print(line, flush=True) if self.bar.disable else self.bar.write(line)
         self.since += time.monotonic() - self.validation_started
 
-    def on_train_end(self, trainer, module) -> None:
+    def on_train_end(self, trainer: Trainer, module: LanguageModel) -> None:
         self.bar.close()
 
-    def on_exception(self, trainer, module, exception) -> None:
+    def on_exception(self, trainer: Trainer, module: LanguageModel, exception: BaseException) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -132,6 +136,6 @@ def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
     try:
         logger.experiment  # noqa: B018 (it opens Git and DVC)
     except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
-        print(f"note: DVCLive can't follow this training: {first_reason(str(error))}", file=sys.stderr)
+        note(f"DVCLive can't follow this training: {one_line(error)}")
         return [tensorboard]
     return [tensorboard, logger]

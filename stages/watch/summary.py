@@ -1,17 +1,20 @@
-"""What a training says of itself: its first line in the terminal, its last ones, and metrics/run.json."""
+"""What a training says of itself: its first and last lines in the terminal, and metrics/run.json."""
 
-import json
 import math
 import platform
 import resource
+from pathlib import Path
 
-from stages.common.files import write_text
+from stages.common.files import write_json
 from stages.common.paths import METRICS, MODEL
+from stages.common.settings import Settings
 from stages.model import ops
 from stages.text.streams import Split
-from stages.training.checkpoints import Checkpoints
+from stages.training.checkpoints import Checkpoints, step_of
+from stages.training.data import Blocks
 from stages.training.history import History
 from stages.training.model_card import valid_figures
+from stages.training.module import LanguageModel
 from stages.watch.progress import LIVE
 
 import pytorch_lightning as pl
@@ -19,7 +22,18 @@ import torch
 import transformers
 
 
-def plan_line(settings, parameters: int, train: Split, steps: float) -> str:
+def print_start(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, resume: Path | None) -> None:
+    """What is trained, and from where it goes on."""
+    steps = blocks.planned_steps(trainer)
+    print(plan_line(module.settings, module.model.num_parameters(), blocks.train, steps), flush=True)
+    if resume and resume.name.startswith("trunk"):
+        rest = f"{steps - step_of(resume):,} steps to train in place of {steps:,}"
+        print(f"going on from step {step_of(resume):,} of the trunk: {rest}", flush=True)
+    elif resume:
+        print(f"going on from {resume}", flush=True)
+
+
+def plan_line(settings: Settings, parameters: int, train: Split, steps: float) -> str:
     """What is about to be trained; `steps` are infinite where only the clock or a callback ends it."""
     tokens, each = len(train.tokens), step_tokens(settings)
     length = f"{steps:,} steps of {each:,}, {steps * each / tokens:.3g} epochs" if math.isfinite(steps) else "no end"
@@ -27,7 +41,7 @@ def plan_line(settings, parameters: int, train: Split, steps: float) -> str:
     return f"{model}: {length}, {settings.trainer.precision}"
 
 
-def step_tokens(settings) -> int:
+def step_tokens(settings: Settings) -> int:
     """Tokens that an optimizer step learns from."""
     return settings.optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches
 
@@ -56,27 +70,27 @@ def write_run_figures(trainer: pl.Trainer, parameters: int, checkpoints: Checkpo
         "transformers": transformers.__version__,
     }
     (LIVE / "dvc.yaml").unlink(missing_ok=True)
-    write_text(METRICS / "run.json", json.dumps(figures, indent=2) + "\n")
+    write_json(METRICS / "run.json", figures)
     return figures
 
 
 def print_summary(checkpoints: Checkpoints, valid: Split, figures: dict, tensorboard: str) -> None:
+    """What a training took and how good its best weights are, in the terminal."""
     minutes, seconds = divmod(round(figures["train_seconds"]), 60)
-    rows = {
+    rows = {}
+    if checkpoints.best.step is not None:
+        best = valid_figures(checkpoints.best, valid)
+        rows = {
+            "best step": f"{checkpoints.best.step:,} of {checkpoints.steps:,}",
+            "valid loss": f"{best['loss']:.4f}",
+            "valid ppl": f"{best['ppl']:,.2f}",
+        }
+        if "bits_per_byte" in best:
+            rows["bits per byte"] = f"{best['bits_per_byte']:.4f}"
+    rows |= {
         "time": f"{minutes} min {seconds} s",
         "tokens/s": f"{figures['tokens_per_second']:,}",
         "model": MODEL,
         "loss curves": f"{METRICS}/train.csv and valid.csv; tensorboard --logdir {tensorboard}",
     }
-    if checkpoints.best.step is not None:
-        best = valid_figures(checkpoints.best, valid)
-        rows = (
-            {
-                "best step": f"{checkpoints.best.step:,} of {checkpoints.steps:,}",
-                "valid loss": f"{best['loss']:.4f}",
-                "valid ppl": f"{best['ppl']:,.2f}",
-            }
-            | ({"bits per byte": f"{best['bits_per_byte']:.4f}"} if "bits_per_byte" in best else {})
-            | rows
-        )
     print("\n".join(f"{name:15}{value}" for name, value in rows.items()), flush=True)

@@ -189,7 +189,11 @@ TEXT = {
         [write("data/test.txt", "Straße".encode()[:-2])],
         r"data/test\.txt: not UTF-8 at byte offset 4",
     ),
-    "empty file name": ("prepare_corpus", ["data.train_file=''"], r"params\.yaml:5: data\.train_file: empty: name"),
+    "empty file name": (
+        "prepare_corpus",
+        ["data.train_file=''"],
+        r"params\.yaml:5: data\.train_file: got '', must be the path",
+    ),
     "name with shell characters": (
         "prepare_corpus",
         ["data.test_file='$(touch shell-was-run); `touch shell-was-run` | & > x.txt'"],
@@ -446,7 +450,18 @@ SETTINGS = {
         ["optimizer.weight_decay=.nan"],
         r"optimizer\.weight_decay: got \.nan, must be a number of 0 or more",
     ),
-    "int for text": (["data.train_file=3"], r"data\.train_file: got 3, must be text \(try quotes\)"),
+    "int for text": (
+        ["data.train_file=3"],
+        r"data\.train_file: got 3, must be the path of a file or folder \(try quotes\)",
+    ),
+    "name of a split for a test set": (
+        ["data.test_files={train: data/test.txt}"],
+        r"params\.yaml:\d+: data\.test_files: got .*, must be .* each name of letters.* none of train",
+    ),
+    "everything held out": (
+        ["data.valid_fraction=0.6", "data.test_fraction=0.4"],
+        r"params\.yaml:\d+: data\.valid_fraction: with data\.test_fraction, it leaves nothing to train on",
+    ),
     "bool for text": (
         ["tokenizer.tokenizer_model=no"],
         r"tokenizer_model: got (no|false), must be text \(try quotes\) or null",

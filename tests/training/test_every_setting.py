@@ -5,14 +5,13 @@ import re
 import shutil
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 from stages import train
-from stages.common import errors
 
 import pytest
 from conftest import ROOT, digests, set_params, train_inputs
+from warm import status_of
 
 TABLE = re.findall(
     r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
@@ -33,7 +32,6 @@ def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) 
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    status = 1
     try:
         os.chdir(project)
         log = os.open("train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -51,16 +49,9 @@ def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) 
                     os.kill(os.getpid(), number)
 
             train.History.on_train_batch_end = on_train_batch_end
-        errors.run(train.main)
-        status = 0
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        status = 1 if isinstance(stop.code, str) else stop.code or 0
-    except BaseException:
-        traceback.print_exc()
+        os._exit(status_of("stages.train"))
     finally:
-        os._exit(status)
+        os._exit(1)
 
 
 @pytest.fixture(scope="module")

@@ -119,24 +119,13 @@ def test_gradients_are_clipped_under_mixed_precision():
     trainer_of(precision="bf16-mixed", gradient_clip_val=0.1, max_steps=2, limit_val_batches=0).fit(Scaled())
 
 
-def test_planned_steps_know_a_schedule_of_batches_a_step():
-    class Steps(pl.Callback):
-        def on_train_start(self, trainer, module):
-            self.planned = internals.planned_steps(trainer)
-
-    schedule, steps = pl.callbacks.GradientAccumulationScheduler({0: 1, 1: 3}), Steps()
-    trainer = trainer_of(schedule, steps, limit_val_batches=0)
-    trainer.fit(Small())
-    assert (steps.planned, trainer.global_step) == (7, 7)
-
-
 def test_a_validation_is_foreseen():
     class Foreseen(pl.Callback):
         def __init__(self):
             self.steps = []
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            if internals.validation_follows(trainer, batch_idx):
+            if internals.validation_follows(trainer, batch_idx, steps=10):
                 self.steps.append(trainer.global_step + 1)
 
     for arguments in ({"val_check_interval": 2}, {"val_check_interval": 3, "check_val_every_n_epoch": None}):

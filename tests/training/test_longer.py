@@ -5,16 +5,18 @@ import signal
 from pathlib import Path
 
 import pytest
+from conftest import run_stage
 from test_every_setting import forked
-from test_resume import made, signal_when, train_here
+from test_resume import made, signal_when
 
 WSD = [
     *("--optimizer.schedule", "wsd", "--model.block_size", "64", "--optimizer.batch_size", "4"),
     *("--trainer.val_check_interval", "0.4", "--runtime.enable_progress_bar", "false"),
 ]
+THREE_THEN_TWO = "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 3, 1: 2}}}"
 EMA = "--trainer.callbacks={class_path: EMAWeightAveraging, init_args: {decay: 0.9}}"
 MUON = ["--optimizer.name", "muon", "--model.dropout", "0.2", "--trainer.accumulate_grad_batches", "3", EMA]
-LENGTHS = {"epochs": WSD, "muon": [*WSD, *MUON]}
+LENGTHS = {"epochs": [*WSD, "--trainer.callbacks", THREE_THEN_TWO], "muon": [*WSD, *MUON]}
 
 
 KILLED = [5, 21, 25, 33, 27]  # steps, in trunks and in cooldowns
@@ -24,9 +26,9 @@ def trunks(project: Path) -> list[int]:
     return sorted(int(path.stem.split("-")[1]) for path in project.glob("models/checkpoints/*/trunk-*.ckpt"))
 
 
-def train_in_pieces(monkeypatch, project: Path, every: int, *arguments: str) -> int:
-    """Trains to the end, stopped by SIGTERM after each `every` steps; returns how often."""
-    stops = 0
+def train_in_pieces(monkeypatch, project: Path, every: int, *arguments: str) -> tuple[int, str]:
+    """Trains to the end, stopped by SIGTERM after each `every` steps; returns how often, and what was printed."""
+    stops, printed = 0, ""
     while True:
         with monkeypatch.context() as patch:
             seen = []
@@ -36,15 +38,16 @@ def train_in_pieces(monkeypatch, project: Path, every: int, *arguments: str) -> 
                 return seen[-1] >= seen[0] + every
 
             signal_when(patch, "on_train_batch_end", due)
-            status = train_here(patch, project, *arguments)
+            status, out, err = run_stage(project, "train", *arguments)
+        printed += out
         if status == 0:
-            return stops
-        assert status == 128 + signal.SIGTERM
+            return stops, printed
+        assert status == 128 + signal.SIGTERM, err
         stops += 1
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_longer_trainings(built, tmp_path, monkeypatch, capsys, name):
+def test_longer_trainings(built, tmp_path, monkeypatch, name):
     """1, 2 and 3 epochs, then fewer steps, then another cooldown: each as if it had been trained from nothing."""
     project = shutil.copytree(built, tmp_path / "project")
     shutil.rmtree(project / "models/gpt2")
@@ -60,16 +63,14 @@ def test_longer_trainings(built, tmp_path, monkeypatch, capsys, name):
         if killed := name == "muon":
             every = ("--runtime.checkpoint_every_n_steps", "2")
             assert forked(project, *arguments, *every, kill=(signal.SIGKILL, KILLED[i])) == -signal.SIGKILL
-        capsys.readouterr()
-        stops = train_in_pieces(monkeypatch, project, 1000 if i % 2 else 4, *arguments)
-        printed = capsys.readouterr().out + ((project / "train.log").read_text() if killed else "")
+        stops, printed = train_in_pieces(monkeypatch, project, 1000 if i % 2 else 4, *arguments)
+        printed += (project / "train.log").read_text() if killed else ""
         assert i % 2 or stops > 0
         if 0 < i < 4:
             assert "of the trunk: " in printed, length
         whole = shutil.copytree(built, tmp_path / f"whole-{i}")
-        assert train_here(monkeypatch, whole, *arguments) == 0
-        assert "going on" not in capsys.readouterr().out
+        status, out, _ = run_stage(whole, "train", *arguments)
+        assert status == 0 and "going on" not in out
         assert made(project) == made(whole), length
-        monkeypatch.chdir(tmp_path)
         shutil.rmtree(whole)
     assert len(trunks(project)) == 2

@@ -1,6 +1,5 @@
 """A training that was stopped ends with the bytes of one that never was."""
 
-import gc
 import os
 import shutil
 import signal
@@ -10,13 +9,11 @@ import time
 from pathlib import Path
 
 from stages import train
-from stages.common.errors import UserError
 from stages.training import checkpoints
-from tools import checkpoints as checkpoints_tool
 
 import faults
 import pytest
-from conftest import digests
+from conftest import digests, run_stage
 
 
 def made(project: Path) -> dict[str, str]:
@@ -24,22 +21,6 @@ def made(project: Path) -> dict[str, str]:
     files = digests(project, "models/gpt2", "metrics/train.csv", "metrics/valid.csv")
     assert {"models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"} <= files.keys()
     return files
-
-
-def train_here(monkeypatch, project: Path, *arguments: str) -> int:
-    """Runs the train stage in this process; returns its exit status."""
-    monkeypatch.chdir(project)
-    monkeypatch.setattr("sys.argv", ["train", *arguments])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main()
-        return 0
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        gc.collect()  # frees the lock, for which other processes wait
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def signal_when(monkeypatch, hook: str, due) -> None:
@@ -83,8 +64,7 @@ def uninterrupted(built, tmp_path_factory):
         if name not in results:
             project = tmp_path_factory.mktemp("whole") / "project"
             shutil.copytree(built, project)
-            with pytest.MonkeyPatch.context() as patch:
-                assert train_here(patch, project, *SETTINGS[name]) == 0
+            assert run_stage(project, "train", *SETTINGS[name])[0] == 0
             results[name] = made(project)
         return results[name]
 
@@ -106,7 +86,7 @@ def test_stopped_at_every_step(project, uninterrupted, monkeypatch, name):
 
             signal_when(patch, "on_train_batch_end", next_step)
             patch.setattr(checkpoints, "LONG_VALIDATION_SECONDS", float("nan"))  # none is long
-            status = train_here(patch, project, *SETTINGS[name])
+            status, *_ = run_stage(project, "train", *SETTINGS[name])
         if status == 0:
             break
         assert status == 128 + signal.SIGTERM
@@ -117,7 +97,7 @@ def test_stopped_at_every_step(project, uninterrupted, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, capsys, name):
+def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, name):
     """SIGTERM in each validation in turn breaks it off; only the step before it is done again."""
     expected, stops, broken_off = uninterrupted(name), 0, []
     shutil.rmtree(project / "models/gpt2")
@@ -133,7 +113,7 @@ def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, capsys,
             signal_when(patch, "on_validation_batch_start", second)
             # All but the first are too short otherwise.
             patch.setattr(checkpoints, "LONG_VALIDATION_SECONDS", 0)
-            if train_here(patch, project, *SETTINGS[name]) == 0:
+            if run_stage(project, "train", *SETTINGS[name])[0] == 0:
                 break
         stops += 1
         assert stops < 60
@@ -143,12 +123,14 @@ def test_stopped_in_each_validation(project, uninterrupted, monkeypatch, capsys,
     assert made(project) == expected
 
 
-def stop_at(monkeypatch, project: Path, step: int, *arguments: str) -> None:
-    """Trains until SIGTERM after a step, with a checkpoint at every second one before."""
+def stop_at(monkeypatch, project: Path, step: int, *arguments: str) -> tuple[str, str]:
+    """Trains until SIGTERM after a step, with a checkpoint at every second one before; returns what it printed."""
     with monkeypatch.context() as patch:
         signal_when(patch, "on_train_batch_end", lambda trainer, *_: trainer.global_step == step)
         every = ("--runtime.checkpoint_every_n_steps", "2")
-        assert train_here(patch, project, *SETTINGS["epochs"], *every, *arguments) == 128 + signal.SIGTERM
+        status, out, err = run_stage(project, "train", *SETTINGS["epochs"], *every, *arguments)
+    assert status == 128 + signal.SIGTERM, err
+    return out, err
 
 
 def start_training(project: Path) -> subprocess.Popen:
@@ -167,46 +149,39 @@ def test_workers_go_on_with_the_batches_that_follow(project, uninterrupted, monk
     workers saw."""
     for step in (3, 9):
         stop_at(monkeypatch, project, step, "--runtime.num_workers", workers)
-    assert train_here(monkeypatch, project, *SETTINGS["epochs"], "--runtime.num_workers", workers) == 0
+    assert run_stage(project, "train", *SETTINGS["epochs"], "--runtime.num_workers", workers)[0] == 0
     assert made(project) == uninterrupted("epochs")
 
 
-def test_damaged_checkpoints_are_passed_over(project, uninterrupted, monkeypatch, capsys):
+def test_damaged_checkpoints_are_passed_over(project, uninterrupted, monkeypatch):
     for kind in faults.DAMAGES:
         shutil.rmtree(project / "models/checkpoints", ignore_errors=True)
         stop_at(monkeypatch, project, 6)
         assert faults.damage_newest(project, kind)
-        capsys.readouterr()
-        assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
-        printed = capsys.readouterr()
-        assert "step-000000006.ckpt is passed over" in printed.err, kind
-        assert "going on from" in printed.out and "step-000000004.ckpt" in printed.out, kind
+        status, out, err = run_stage(project, "train", *SETTINGS["epochs"])
+        assert status == 0 and "step-000000006.ckpt is passed over" in err, kind
+        assert "going on from" in out and "step-000000004.ckpt" in out, kind
         assert not (project / "hostile").exists(), f"{kind}: it was run"
         assert made(project) == uninterrupted("epochs"), kind
 
 
-def test_only_its_own_run_takes_a_checkpoint(project, monkeypatch, capsys):
+def test_only_its_own_run_takes_a_checkpoint(project, monkeypatch):
     stop_at(monkeypatch, project, 4)
     first = next((project / "models/checkpoints").glob("*/"))
-    capsys.readouterr()
-    stop_at(monkeypatch, project, 3, "--optimizer.lr", "1e-3")
-    assert "going on" not in capsys.readouterr().out
+    out, _ = stop_at(monkeypatch, project, 3, "--optimizer.lr", "1e-3")
+    assert "going on" not in out
     # Another run's file in its place is refused too.
     (second,) = set((project / "models/checkpoints").glob("*/")) - {first}
     shutil.copy(first / "step-000000004.ckpt", second)
-    stop_at(monkeypatch, project, 5, "--optimizer.lr", "1e-3")
-    assert "another run" in (printed := capsys.readouterr()).err and "step-000000003" in printed.out
+    out, err = stop_at(monkeypatch, project, 5, "--optimizer.lr", "1e-3")
+    assert "another run" in err and "step-000000003" in out
     # Runtime settings are no part of what a run is.
-    stop_at(monkeypatch, project, 5, "--runtime.num_workers", "1", "--runtime.log_every_n_steps", "3")
-    assert f"{first.name}/step-000000004" in capsys.readouterr().out
+    out, _ = stop_at(monkeypatch, project, 5, "--runtime.num_workers", "1", "--runtime.log_every_n_steps", "3")
+    assert f"{first.name}/step-000000004" in out
 
-    monkeypatch.chdir(project)
-    monkeypatch.setattr("sys.argv", ["checkpoints"])
-    checkpoints_tool.main()
-    listed = capsys.readouterr().out
+    _, listed, _ = run_stage(project, "tools.checkpoints")
     assert f"{first.name}: step 5" in listed and second.name in listed
-    monkeypatch.setattr("sys.argv", ["checkpoints", "--clean"])
-    checkpoints_tool.main()
+    assert run_stage(project, "tools.checkpoints", "--clean")[0] == 0
     assert not list((project / "models/checkpoints").glob("*/"))
 
 
@@ -216,27 +191,20 @@ def test_full_disk(project, uninterrupted, monkeypatch):
     assert faults.train_on_a_full_disk(project, *SETTINGS["epochs"], "--runtime.checkpoint_every_n_steps", "1")
     assert faults.checkpoint_files(project) == before
     assert not list(project.glob("models/checkpoints/*/.*.tmp"))
-    assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
+    assert run_stage(project, "train", *SETTINGS["epochs"])[0] == 0
     assert made(project) == uninterrupted("epochs")
 
 
-def test_loss_not_finite(project, monkeypatch, capsys):
-    arguments = [
-        "--optimizer.lr",
-        "1e30",
-        "--trainer.gradient_clip_val",
-        "null",
-        "--runtime.checkpoint_every_n_steps",
-        "1",
-    ]
-    for _ in range(2):  # the next run goes on from the last good checkpoint, to the same end
-        with pytest.raises(UserError, match="not a finite number at step 2: lower optimizer.lr"):
-            train_here(monkeypatch, project, *SETTINGS["epochs"], *arguments)
+def test_loss_not_finite(project):
+    arguments = ["--optimizer.lr=1e30", "--trainer.gradient_clip_val=null", "--runtime.checkpoint_every_n_steps=1"]
+    for going_on in (False, True):  # the next run goes on from the last good checkpoint, to the same end
+        status, out, err = run_stage(project, "train", *SETTINGS["epochs"], *arguments)
+        assert status == 1 and "not a finite number at step 2: lower optimizer.lr" in err
         assert [file.name for file in faults.checkpoint_files(project)] == ["step-000000001.ckpt"]
-    assert "going on from" in capsys.readouterr().out
+        assert ("going on from" in out) == going_on
 
 
-def test_killed_before_dvc_records_it(project, uninterrupted, monkeypatch, capsys):
+def test_killed_before_dvc_records_it(project, uninterrupted):
     """SIGKILL once training has ended: the next run has only to export."""
     shutil.rmtree(project / "models/gpt2")
     process = start_training(project)
@@ -245,8 +213,8 @@ def test_killed_before_dvc_records_it(project, uninterrupted, monkeypatch, capsy
         time.sleep(0.001)
     process.kill()
     process.communicate()
-    assert train_here(monkeypatch, project, *SETTINGS["epochs"]) == 0
-    assert "final.ckpt" in capsys.readouterr().out
+    status, out, _ = run_stage(project, "train", *SETTINGS["epochs"])
+    assert status == 0 and "final.ckpt" in out
     assert made(project) == uninterrupted("epochs")
 
 
@@ -263,22 +231,12 @@ def test_two_trainings_at_once(project, uninterrupted):
 HOLD = "from stages.training.checkpoints import *; lock = training_lock(); print(flush=True); input()"
 
 
-def test_clean_leaves_a_training_at_work(project, monkeypatch):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            HOLD,
-        ],
-        cwd=project,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+def test_clean_leaves_a_training_at_work(project):
+    command = [sys.executable, "-c", HOLD]
+    holder = subprocess.Popen(command, cwd=project, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     holder.stdout.readline()
-    monkeypatch.chdir(project)
-    monkeypatch.setattr("sys.argv", ["checkpoints", "--clean"])
-    with pytest.raises(UserError, match=f"process {holder.pid} is training"):
-        checkpoints_tool.main()
+    status, _, err = run_stage(project, "tools.checkpoints", "--clean")
+    assert status == 1 and f"process {holder.pid} is training" in err
     holder.kill()
     holder.communicate()
-    checkpoints_tool.main()
+    assert run_stage(project, "tools.checkpoints", "--clean")[0] == 0
