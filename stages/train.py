@@ -25,7 +25,7 @@ from stages.training.history import History
 from stages.training.identity import run_identity
 from stages.training.model_card import model_card
 from stages.training.module import LanguageModel
-from stages.training.trainer import check_processes, make_trainer, quiet_libraries
+from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries
 from stages.watch.progress import Live, make_loggers
 from stages.watch.summary import print_start, print_summary, write_run_figures
 
@@ -36,7 +36,7 @@ from transformers import GPT2LMHeadModel
 
 
 def main() -> None:
-    settings = load("stages.train", __doc__)
+    settings = on_this_machine(load("stages.train", __doc__))
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")

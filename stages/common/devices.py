@@ -1,5 +1,7 @@
 """Which device computes, and in which number format."""
 
+from typing import Any
+
 from stages.common.errors import UserError
 
 import torch
@@ -27,7 +29,7 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def auto_precision(accelerator: str) -> str:
+def auto_precision(accelerator: Any) -> str:
     """What trainer.precision auto stands for on the device that Lightning chooses for an accelerator."""
     device = torch.device("cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu")
     other = accelerator not in ("auto", "gpu", "cuda", "cpu")

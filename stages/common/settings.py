@@ -7,19 +7,17 @@ checks the whole file, so that a slip in a late stage's group stops the first on
 import difflib
 import re
 from collections.abc import Iterable
-from enum import Enum
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from stages.common import plain_yaml
 from stages.common.commands import CommandLine
-from stages.common.devices import auto_precision
 from stages.common.errors import UserError
 from stages.common.plain_yaml import Places
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PARAMS_FILE = "params.yaml"
@@ -37,6 +35,14 @@ PositiveOrZero = Annotated[float, Field(ge=0), "a number of 0 or more"]
 Fraction = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Rate = Annotated[float, Field(ge=0, lt=1), "a number from 0 to below 1"]
 Probability = Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"]
+ClassPath = Annotated[dict[str, Any], "a class_path and its init_args"]
+Duration = Annotated[dict[str, int], "its days, hours, minutes and seconds"]
+ClassPaths = ClassPath | list[ClassPath] | None
+Share = int | float | None
+Mixed = Literal[
+    "auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "bf16", "64", "32", "16"
+]
+Precision = Mixed | Literal["transformer-engine", "transformer-engine-float16", 64, 32, 16]
 Betas = Annotated[list[Rate], Field(min_length=2, max_length=2), "a list of 2, each a number from 0 to below 1"]
 FilePath = Annotated[str, Field(pattern=r"\S"), "the path of a file or folder (try quotes)"]
 SetName = Annotated[str, Field(pattern=rf"\A(?!({'|'.join(SET_NAMES)})\Z)[\w-]+\Z")]
@@ -166,6 +172,46 @@ class Optimizer(Group):
         }
 
 
+class Trainer(Group):
+    """Keyword arguments of pytorch_lightning.Trainer; the defaults of those that params.yaml leaves out are its own."""
+
+    max_epochs: int | None = about("passes over the training text at most; -1: no limit", default=None)
+    min_epochs: int | None = about("passes over the training text at least", default=None)
+    max_steps: int = about("optimizer steps at most; -1: no limit", default=-1)
+    min_steps: int | None = about("optimizer steps at least", default=None)
+    max_time: str | Duration | None = about("time at most, as DD:HH:MM:SS", default=None)
+    precision: Precision | None = about(
+        "number format; auto: bf16-mixed where the hardware multiplies bf16, else 32-true", default=None
+    )
+    accumulate_grad_batches: int = about("batches that an optimizer step learns from", default=1)
+    gradient_clip_val: int | float | None = about(
+        "gradients are scaled down to this norm; null: none are", default=None
+    )
+    gradient_clip_algorithm: Literal["norm", "value"] | None = about("clip by norm or by value", default=None)
+    deterministic: bool | Literal["warn"] | None = about("only operations that give the same bits", default=None)
+    accelerator: str | ClassPath = about("what to compute on: auto, cpu, gpu, mps ...", default="auto")
+    devices: list[int] | str | int = about("how many CPUs' processes or GPUs; -1: all", default="auto")
+    num_nodes: int = about("how many machines", default=1)
+    strategy: str | ClassPath = about("how several devices share the work: auto, ddp, fsdp ...", default="auto")
+    val_check_interval: int | float | str | Duration | None = about(
+        "how often to validate: fraction of an epoch, or whole number of batches", default=None
+    )
+    check_val_every_n_epoch: int | None = about("validate in every nth epoch; null: by batches alone", default=1)
+    callbacks: ClassPaths = about("callbacks by class_path and init_args, as in LightningCLI", default=None)
+    plugins: ClassPaths = about("plugins by class_path and init_args", default=None)
+    logger: bool | ClassPaths = about("loggers beside TensorBoard and DVCLive", default=None)
+    fast_dev_run: int | bool = about("not here: it would leave no model", default=False)
+    limit_train_batches: Share = about("how many batches of an epoch, or which fraction of it", default=None)
+    limit_val_batches: Share = about("the same of a validation", default=None)
+    limit_test_batches: Share = about("the same of a test: there is none", default=None)
+    limit_predict_batches: Share = about("the same of a prediction: there is none", default=None)
+    overfit_batches: int | float = about("train on these few batches alone", default=0.0)
+    benchmark: bool | None = about("let cuDNN choose its algorithms by timing", default=None)
+    inference_mode: bool = about("validate without gradients", default=True)
+    detect_anomaly: bool = about("stop at the first NaN in a gradient", default=False)
+    sync_batchnorm: bool = about("GPT-2 has no batch norm", default=False)
+
+
 class Evaluate(Group):
     """How perplexity is measured."""
 
@@ -204,13 +250,11 @@ class Runtime(Group):
 class Settings(Group):
     """All of params.yaml."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
     data: Data
     tokenizer: Tokenizer
     model: Model
     optimizer: Optimizer
-    trainer: Namespace
+    trainer: Trainer = Trainer()
     seed_everything: Seed = about("seed of initial weights, data order, dropout")
     evaluate: Evaluate
     generate: Generate
@@ -229,25 +273,14 @@ class Settings(Group):
             "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": (
                 isinstance(trainer.logger, bool)
             ),
-            **{f"trainer.{name}: 0 trains nothing: raise it": trainer[name] == 0 for name in ends},
+            **{f"trainer.{name}: 0 trains nothing: raise it": getattr(trainer, name) == 0 for name in ends},
             f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
             f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
         }
 
     def plain(self) -> dict[str, Any]:
         """Every setting as YAML and JSON can hold it."""
-        return self.model_dump(exclude={"options"}) | {"trainer": plain(self.trainer)}
-
-
-def plain(value: Any) -> Any:
-    """A value of the trainer group as YAML and JSON can hold it."""
-    if isinstance(value, Namespace | dict):
-        return {name: plain(part) for name, part in (value.items() if isinstance(value, dict) else vars(value).items())}
-    if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
-    if isinstance(value, Enum):
-        return plain(value.value)
-    return value if isinstance(value, str | int | float | None) else str(value)
+        return self.model_dump(exclude={"options"})
 
 
 def as_list(value: Any) -> list:
@@ -294,16 +327,10 @@ def trainer_parser() -> ArgumentParser:
 @cache
 def known_settings() -> dict[str, tuple[Any, str]]:
     """The type of each setting of params.yaml, and what it is."""
-    from pytorch_lightning import Trainer
-
     known = {"seed_everything": fields_of(Settings)["seed_everything"]}
     for name, group in GROUPS.items():
         known |= fields_of(group, f"{name}.")
-    hints = {f"trainer.{name}": kind for name, kind in get_type_hints(Trainer.__init__).items()}
-    hints["trainer.precision"] |= Literal["auto"]
-    return known | {
-        a.dest: (hints[a.dest], " ".join(a.help.split())) for a in trainer_parser()._actions if a.dest in hints
-    }
+    return known
 
 
 def load(module: str, doc: str, options: type[Group] | None = None, argv: list[str] | None = None) -> Settings:
@@ -329,11 +356,11 @@ def load(module: str, doc: str, options: type[Group] | None = None, argv: list[s
             values[name] = value if name == "seed_everything" else values.get(name, {}) | value
         given |= places
     try:
-        values["trainer"] = check_trainer(values.get("trainer", {}), given)
         values["options"] = options.model_validate(values["options"]) if options else None
         settings = Settings.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, given, known)) from None
+    check_classes(settings.trainer, given)
     if arguments.print_config:
         print(yaml.safe_dump(settings.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit
@@ -386,7 +413,7 @@ def read_option(key: str, text: str, kind: Any) -> tuple[dict[str, Any], Places]
 def read_settings(path: str) -> tuple[dict[str, Any], Places]:
     """A file's values, and for each dotted key its place and text, once the names are known ones."""
     values, given = plain_yaml.read_file(path)
-    groups = {*GROUPS, "trainer"}
+    groups = GROUPS
     for key, (place, text) in given.items():
         if key in groups and not isinstance(values[key], dict):
             raise UserError(f"{place}: {key}: got {short(text)}, must hold settings, one a line")
@@ -395,28 +422,16 @@ def read_settings(path: str) -> tuple[dict[str, Any], Places]:
     return values, given
 
 
-def check_trainer(values: dict[str, Any], given: Places) -> Namespace:
-    """The trainer group, each value as Lightning's Trainer takes it."""
-    if values.get("precision") == "auto":
-        values = values | {"precision": auto_precision(values.get("accelerator", "auto"))}
-    for key, value in values.items():
-        kind = known_settings()[f"trainer.{key}"][0]
-        if value is None and "null" not in words(kind):  # jsonargparse takes it for any type
-            raise UserError(f"{place_of(f'trainer.{key}', given)}: got null, must be {words(kind)}")
-    try:
-        return trainer_parser().parse_object({"trainer": values}).trainer
-    except ArgumentError:
-        for key, value in values.items():
+def check_classes(trainer: Trainer, given: Places) -> None:
+    """Raises UserError for a class_path or init_args that are none: what only Lightning and jsonargparse know."""
+    for name, value in trainer.model_dump().items():  # a copy: jsonargparse changes what it is given
+        key = f"trainer.{name}"
+        if "class_path" in given.get(key, ("", ""))[1]:
             try:
-                trainer_parser().parse_object({"trainer": {key: value}})
+                trainer_parser().parse_object({"trainer": {name: value}})
             except ArgumentError as error:
-                key = f"trainer.{key}"
-                if "class_path" in given[key][1]:  # of a class and its arguments, only jsonargparse knows
-                    must = f": {first_reason(str(error))}: write class_path and init_args as for LightningCLI"
-                else:
-                    must = f", must be {words(known_settings()[key][0])}"
-                raise UserError(f"{place_of(key, given)}: got {short(given[key][1])}{must}") from None
-        raise
+                must = f"{first_reason(str(error))}: write class_path and init_args as for LightningCLI"
+                raise UserError(f"{place_of(key, given)}: got {short(given[key][1])}: {must}") from None
 
 
 def first_reason(message: str) -> str:
@@ -450,7 +465,7 @@ def explain_unknown(key: str, place: str) -> str:
         return f"{place}: the train stage itself sees to it: remove it"
     if leaf in OLD_NAMES:
         return f"{place}: {OLD_NAMES[leaf]}"
-    known = [*GROUPS, "trainer", *known_settings()]
+    known = [*GROUPS, *known_settings()]
     close = [name for name in known if name.split(".")[-1] == leaf] or difflib.get_close_matches(key, known, n=1)
     return f"{place}: no such setting: " + (f"did you mean {close[0]}?" if close else "docs/settings.md lists them")
 

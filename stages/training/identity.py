@@ -57,7 +57,7 @@ def digest(decides: dict) -> str:
 
 def may_know_horizon(callback: dict) -> bool:
     """Whether what a callback does may depend on where training ends: of the user's own nothing is known."""
-    return not callback["class_path"].startswith("pytorch_lightning.callbacks.")
+    return "." in callback["class_path"] and not callback["class_path"].startswith("pytorch_lightning.callbacks.")
 
 
 def code_digest(root: Path = ROOT) -> str:

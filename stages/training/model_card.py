@@ -99,7 +99,7 @@ def model_card(settings: Settings, parameters: int, train: Split, valid: Split, 
             {
                 "model": settings.model.model_dump(),
                 "optimizer": optimizer.model_dump(),
-                "trainer": {key: settings.trainer[key] for key in TRAINER},
+                "trainer": {key: getattr(settings.trainer, key) for key in TRAINER},
                 "seed_everything": settings.seed_everything,
             },
             sort_keys=False,

@@ -6,13 +6,13 @@ import shutil
 import warnings
 from typing import Any
 
+from stages.common.devices import auto_precision
 from stages.common.errors import UserError, one_line
 from stages.common.settings import Settings, as_list, trainer_parser
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
 
 import pytorch_lightning as pl
-from jsonargparse import Namespace
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -31,6 +31,14 @@ REFUSED = {
 METRIC_NAMES = ("loss", "valid_loss", "valid_ppl")
 
 
+def on_this_machine(settings: Settings) -> Settings:
+    """The settings with what trainer.precision: auto stands for here, which is part of what the run is."""
+    if settings.trainer.precision != "auto":
+        return settings
+    chosen = {"precision": auto_precision(settings.trainer.accelerator)}
+    return settings.model_copy(update={"trainer": settings.trainer.model_copy(update=chosen)})
+
+
 def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> pl.Trainer:
     """Lightning's Trainer with the settings of the trainer and runtime groups.
 
@@ -41,7 +49,8 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         UserError: what Lightning, a callback or `check_refused` refuses.
     """
     try:
-        arguments = trainer_parser().instantiate(Namespace(trainer=settings.trainer)).trainer.as_dict()
+        config = trainer_parser().parse_object({"trainer": settings.trainer.model_dump()})
+        arguments = trainer_parser().instantiate(config).trainer.as_dict()
         users, plugins = as_list(arguments.pop("callbacks")), as_list(arguments.pop("plugins"))
         loggers = arguments.pop("logger")
         check_refused("callbacks", users)

@@ -9,6 +9,7 @@ import re
 from stages.common import devices
 from stages.common.errors import UserError
 from stages.common.settings import load
+from stages.training.trainer import on_this_machine
 
 import pytest
 import yaml
@@ -159,5 +160,13 @@ def test_any_bytes_as_params_yaml_are_one_line(folder, content):
 def test_precision_auto_is_what_the_processor_multiplies_in_hardware(folder, monkeypatch, hardware, chosen):
     monkeypatch.setattr(devices.torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
     monkeypatch.setattr(devices.torch.cpu, "_is_amx_tile_supported", lambda: False)
-    arguments = ("--trainer.precision", "auto", "--trainer.accelerator", "cpu")
-    assert yaml.safe_load(print_config(folder, *arguments))["trainer"]["precision"] == chosen
+    monkeypatch.chdir(folder)
+    arguments = ["--trainer.precision", "auto", "--trainer.accelerator", "cpu"]
+    assert on_this_machine(load("stages.train", "", argv=arguments)).trainer.precision == chosen
+
+
+def test_settings_alone_need_no_lightning(folder):
+    """Its import takes longer than all else that a stage on little text does."""
+    look = "import sys; from stages.common.settings import load; load('x', '', argv=[])"
+    loaded = run("python", "-c", f"{look}; print(*sys.modules)", cwd=folder, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert not {"torch", "pytorch_lightning", "transformers"} & set(loaded.split())

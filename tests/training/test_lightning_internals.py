@@ -1,12 +1,14 @@
 """What stages/training/lightning_internals.py leans on is still there, and still does what its docstring says."""
 
 import ctypes
+import inspect
 import os
 import platform
 import re
 import subprocess
 import sys
 
+from stages.common.settings import NOT_TRAINER_SETTINGS, Runtime, Trainer
 from stages.training import lightning_internals as internals
 
 import pytest
@@ -165,6 +167,7 @@ def test_lightning_sets_the_name_of_a_hook_often():
 PROCESSES = """
 import torch
 from test_lightning_internals import Small, trainer_of
+from stages.common.settings import NOT_TRAINER_SETTINGS, Runtime, Trainer
 from stages.training import lightning_internals as internals
 class Watched(Small):
     def on_train_batch_start(self, batch, batch_idx):
@@ -188,3 +191,10 @@ def test_buckets_are_kept(tmp_path):
     assert done.returncode == 0, done.stderr
     # What DDP does unless it is told not to: when it doesn't any more, this fails, and keep_buckets() can go.
     assert re.findall("anew: (True|False)", done.stdout) == ["False", "True"]
+
+
+def test_the_trainer_group_is_the_trainers_signature():
+    """Names and defaults of what params.yaml leaves out."""
+    taken = set(NOT_TRAINER_SETTINGS) | Runtime.model_fields.keys() | {"self"}
+    signature = {name: p.default for name, p in inspect.signature(pl.Trainer.__init__).parameters.items()}
+    assert Trainer().model_dump() == {name: default for name, default in signature.items() if name not in taken}
