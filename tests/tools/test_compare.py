@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from stages.model.intervals import interval
-from tools.verdict import Noise, judge
+from tools.verdict import Noise, call, judge
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_a_word_needs_documents_and_seeds():
 
 
 def test_what_it_would_take_is_about_right():
-    """With as many times the test text as it says, it can tell."""
+    """With as many times the test text, or as many seeds, as it says, it can tell."""
     noise = Noise(0.0, 4, "5 seeds")
     a, b = made(0, seed=3), made(-0.002, seed=4)
     unsure = judge([a], [b], "test", noise)
@@ -70,6 +71,14 @@ def test_what_it_would_take_is_about_right():
     times = int(unsure["why"].split(" times")[0].split()[-1])
     half = (unsure["bits_per_byte"]["high"] - unsure["bits_per_byte"]["low"]) / 2
     assert half / math.sqrt(times) <= abs(unsure["bits_per_byte"]["difference"]) * 1.01
+    noise = Noise(0.1, 4, "5 seeds")
+    unsure = judge([made(0)], [made(-0.05)], "test", noise)
+    seeds = int(re.search(r"(\d+) more seeds of each", unsure["why"])[1]) + 1
+    difference = abs(unsure["bits_per_byte"]["difference"])
+    assert 1.96 * noise.sd * math.sqrt(2 / seeds) < difference < 1.96 * noise.sd * math.sqrt(2 / (seeds - 2))
+    # Neither documents nor seeds alone hide it: one side's three runs against one of the other.
+    bits = {"difference": -1.0, "low": -1.6, "high": -0.4, "with_seeds": [-2.1, 0.1]}
+    assert "3 more seeds of each" in call(bits, noise, 0.9, 3, 1, 50, False)[1]
 
 
 def test_figures_are_those_of_the_runs_and_pairs_that_differ_are_refused():

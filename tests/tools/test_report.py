@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_rows_say_the_verdict_of_tools_compare_and_what_changed(opened, lived):
     out = run_stage(lived, "tools.compare", "HEAD~3", "HEAD~2", "--json")[1]
     difference = json.loads(out)["sets"]["test"]["bits_per_byte"]["difference"]
     assert f"{difference:.4f}".replace("-", "−") in width
+    found = texts(opened, f"#runs tr[data-revision='{opened.execute_script(REVISION, 'Twice the width')}'] .change")
+    assert [" ".join(text.split()) for text in found] == ["seed_everything 2 → 1", "width 16 → 32"]  # and no other
     assert "worse" in row_with(opened, HOSTILE[:9]) and "vocab new: 280" in row_with(opened, HOSTILE[:9])
     assert "can't be compared the text of test differs" in row_with(opened, "Other text")
     assert "experiment" in row_with(opened, "wide") and "first figures" not in row_with(opened, "wide")
@@ -116,8 +119,10 @@ def test_rows_say_the_verdict_of_tools_compare_and_what_changed(opened, lived):
     assert "2 % leaked" in width and "1 k parameters" in width
 
 
-def test_seeds_are_one_row_that_opens(opened):
-    assert "2 seeds: " in row_with(opened, "Seed 2") and "±" in row_with(opened, "Seed 2")
+def test_seeds_are_one_row_that_opens(opened, lived):
+    bits = [figures_at(lived, f"HEAD~{i}")["bits_per_byte"] for i in (3, 4)]
+    shown = f"2 seeds: {statistics.mean(bits):.4f} ± {statistics.stdev(bits):.4f}"
+    assert shown in row_with(opened, "Seed 2")
     hidden = "return document.querySelectorAll('#runs tr[hidden]').length"
     assert opened.execute_script(hidden) == 1
     opened.find_element("css selector", "#runs .seeds").click()
