@@ -138,7 +138,7 @@ def fit(
     try:
         checkpoints.lock = training_lock() if trainer.is_global_zero else None
         resume = checkpoints.newest(trainer)
-        trainer.loggers = [*make_loggers(identity, resume), *trainer.loggers]  # and the users'
+        trainer.loggers = [*make_loggers(module, identity, resume), *trainer.loggers]  # and the users'
         if trainer.is_global_zero:
             print(plan_line(module.settings, module.model.num_parameters(), blocks.train, steps), flush=True)
             if resume and resume.name.startswith("trunk"):

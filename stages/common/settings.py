@@ -61,7 +61,9 @@ class Group(BaseModel):
 class Data(Group):
     """Text files and how they split into documents."""
 
-    train_file: str = about("text to train on: a file or folder of .txt, .jsonl, .csv or .parquet, compressed or not")
+    train_file: str = about(
+        "text to train on: a file, folder or Hugging Face data set of .txt, .jsonl, .csv or .parquet, compressed or not"
+    )
     valid_file: str = about("text that chooses the best checkpoint; the path of train_file: held out of it")
     test_file: str = about("text that only the evaluation sees; the path of train_file: held out of it")
     test_files: dict[str, str] = about("further test texts, each by a name")

@@ -10,7 +10,7 @@ from tools.verdict import Noise, call, judge
 
 import numpy as np
 import pytest
-from conftest import run_stage
+from conftest import run, run_stage
 from made_runs import commit, made, repository
 
 
@@ -123,7 +123,7 @@ def test_the_command_reads_revisions_seeds_and_the_workspace(lived):
     status, out, _ = compare(lived, "HEAD~1", "HEAD~2", "--fail-if-worse")
     assert status == 1 and "test: WORSE" in out
     status, out, _ = compare(lived, "HEAD~3", "HEAD~2")
-    assert status == 0 and "only the seed differs" in out
+    assert status == 0 and re.search(r"only the seed differs: training noise, ± 0\.\d+ over 3 seeds of \w+", out)
     # By default the last run against the one before it, whose text was another.
     status, out, _ = compare(lived)
     assert status == 0 and "CAN'T BE COMPARED: the text of test differs" in out
@@ -134,6 +134,22 @@ def test_the_command_reads_revisions_seeds_and_the_workspace(lived):
     assert status == 0 and "3 seeds" in out and "±" in out
     status, _, err = compare(lived, "nothing")
     assert status == 1 and err.startswith("error: nothing: no such revision or experiment") and err.count("\n") == 1
+
+
+def test_an_experiment_that_others_have_pushed(lived, tmp_path):
+    run("git", "checkout", "-q", "--detach", "HEAD~1", cwd=lived)
+    experiment = commit(lived, made(-0.1, 1, spread=0.002), "dvc: commit", lr=4)
+    run("git", "update-ref", f"refs/exps/{experiment[:2]}/{experiment[2:]}/wide", experiment, cwd=lived)
+    run("git", "checkout", "-q", "main", cwd=lived)
+    run("git", "clone", "-q", str(lived), "clone", cwd=tmp_path)
+    assert compare(tmp_path / "clone", "HEAD~1", "wide")[0] == 1
+    run("git", "fetch", "-q", "origin", "refs/exps/*:refs/exps/*", cwd=tmp_path / "clone")
+    status, out, _ = compare(tmp_path / "clone", "HEAD~1", "wide")
+    assert status == 0 and "test: BETTER" in out and "B: wide" in out
+    # One that has the figures of the commit before it is that run.
+    same = run("git", "commit-tree", "-p", "HEAD~1", "-m", "dvc: commit", "HEAD~1^{tree}", cwd=lived).stdout.strip()
+    run("git", "update-ref", f"refs/exps/{same[:2]}/{same[2:]}/same", same, cwd=lived)
+    assert "test: BETTER" in compare(lived, "same", "wide")[1]
 
 
 def test_noise_is_lent_by_the_nearest_group_of_the_same_size(lived):
