@@ -11,6 +11,7 @@ figures stand in stages/model/scoring.py.
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def main() -> None:
     write_text(METRICS / "loss_by_position.csv", tables["test"]["loss_by_position"].to_csv(index=False))
     write_text(METRICS / "samples.md", samples_page(settings.generate.prompts, samples))
     remove_checkpoints()
+    for name, row in details.items():
+        if row["changed_documents"]:
+            lost = f"note: the tokenizer changes the text of {row['changed_documents']:,} {name} documents"
+            print(f"{lost}: bits per byte is not exact", file=sys.stderr)
     shown = {name: figures[name] | {key: details[name].get(key) for key in SHOWN} for name in figures}
     print(pd.DataFrame(shown).T.to_string(float_format="{:,.4f}".format, na_rep=""))
     print(f"figures: {METRICS}/eval.json   samples: {METRICS}/samples.md   plots: `dvc plots show`")

@@ -1,12 +1,13 @@
 """Makes data/corpus/, the documents of each split, and metrics/corpus.json: what they are and what leaks."""
 
 import hashlib
+import os
 
 from stages.common.commands import progress_bar
 from stages.common.errors import note, run
 from stages.common.files import new_folder, write_json
 from stages.common.hub import check_watched
-from stages.common.paths import CORPUS, METRICS
+from stages.common.paths import CORPUS, METRICS, SPLITS
 from stages.common.settings import load
 from stages.text.corpus import Documents
 from stages.text.leakage import Grams, Seen, count_words
@@ -21,8 +22,9 @@ LEAKAGE_NOTE = 0.01
 def main() -> None:
     settings = load("stages.prepare_corpus", __doc__)
     names = sources_of(settings.data)
-    for name, path in settings.data.test_files.items():
-        check_watched(f"data.test_files.{name}", path)
+    for name, path in names.items():
+        if os.path.exists(path):  # of a data set of the hub, DVC watches the name
+            check_watched(f"data.{name}_file" if name in SPLITS else f"data.test_files.{name}", path)
     with new_folder(CORPUS) as folder:
         dropped, hashes = write_splits(settings.data, folder, names)
         figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped)

@@ -115,7 +115,7 @@ def fit(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, checkpoints:
     """Trains to the end, from the run's newest checkpoint where there is one."""
     checkpoints.lock = training_lock() if trainer.is_global_zero else None
     resume = checkpoints.newest(trainer)
-    trainer.loggers = [*make_loggers(checkpoints.identity, resume), *trainer.loggers]  # and the users'
+    trainer.loggers = [*make_loggers(module, checkpoints.identity, resume), *trainer.loggers]  # and the users'
     if trainer.is_global_zero:
         print_start(trainer, module, blocks, resume)
     if resume == checkpoints.final:

@@ -5,11 +5,13 @@ import gc
 import hashlib
 import io
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +58,24 @@ def run(*command: str, cwd: Path, check: bool = True, env: dict | None = None, *
     if check:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def in_terminal(columns: int, *command: str, cwd: Path) -> str:
+    """Runs a command in a terminal this wide; returns what it writes there. DVC's pager wraps nothing."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment |= {"TERM": "xterm", "DVC_PAGER": "cat"}
+    process = subprocess.Popen(command, cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 1 << 16)
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+    assert process.wait() == 0, shown
+    return shown.decode()
 
 
 def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]:
@@ -191,8 +211,8 @@ def project(built, tmp_path) -> Path:
     return tmp_path / "project"
 
 
-@pytest.fixture(scope="session")
-def browser():
+@contextlib.contextmanager
+def chromium():
     """A headless Chromium that reaches no other machine; `browser.get_log("browser")` is its console."""
     from selenium import webdriver
 
@@ -208,6 +228,12 @@ def browser():
     options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with chromium() as driver:
         yield driver
 
 

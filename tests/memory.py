@@ -7,20 +7,21 @@ Prints one line for each text and stage, and ends with status 1 when a stage nee
 
 import argparse
 import csv
+import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, groupby, islice
 from pathlib import Path
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import ROOT, sample_lines
@@ -85,16 +86,23 @@ def write(path: Path, text: str, mib: float) -> None:
 
 
 def write_table(text: Path, target: Path) -> None:
-    """The paragraphs of a text as the rows of a .jsonl, .csv or .parquet file."""
-    rows = (part.rstrip("\n") for part in re.split("\n\n", text.read_text(encoding="utf-8")) if part.strip())
-    if target.suffix == ".parquet":
-        pd.DataFrame({"text": rows}).to_parquet(target)
-        return
-    with target.open("w", encoding="utf-8", newline="") as file:
+    """The paragraphs of a text as the rows of a .jsonl, .csv or .parquet file.
+
+    A row at a time: what a stage is said to have needed is at least what this process has when it starts it.
+    """
+    with text.open(encoding="utf-8", newline="") as lines, target.open("wb") as file:
+        groups = ("".join(group).rstrip("\n") for blank, group in groupby(lines, "\n".__eq__) if not blank)
+        if target.suffix == ".parquet":
+            with pq.ParquetWriter(file, pa.schema([("text", pa.string())])) as table:
+                while rows := list(islice(groups, 10_000)):
+                    table.write_table(pa.table({"text": rows}))
+            return
+        file = io.TextIOWrapper(file, encoding="utf-8", newline="")
         if target.suffix == ".csv":
-            csv.writer(file).writerows([row] for row in chain(["text"], rows))
+            csv.writer(file).writerows([row] for row in chain(["text"], groups))
         else:
-            file.writelines(json.dumps({"text": row}) + "\n" for row in rows)
+            file.writelines(json.dumps({"text": row}) + "\n" for row in groups)
+        file.close()
 
 
 def measure(folder: Path, stage: str, *settings: str) -> tuple[float, float]:
@@ -117,7 +125,7 @@ def main() -> int:
     parser.add_argument("--mib", type=float, default=1024, help="size of train_file")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--algorithms", nargs="+", choices=["bpe", "unigram", "byte"], default=["bpe"])
-    parser.add_argument("--documents", nargs="+", choices=["blank_line", "line", "file"], default=["blank_line"])
+    parser.add_argument("--documents", nargs="*", choices=["blank_line", "line", "file"], default=["blank_line"])
     parser.add_argument(
         "--tables", nargs="*", choices=["jsonl", "csv", "parquet"], default=[], help="forms to read too"
     )

@@ -52,6 +52,8 @@ def text(verdict: dict, a: Run, b: Run) -> str:
     lines += [f"B: {b.label}  {b.name}  seeds {listed(verdict['seeds']['b'])}"]
     for name, found in verdict["sets"].items():
         lines += ["", f"{name}: {found['verdict'].upper()}: {found['why']}"]
+        if not found["exact"]:
+            lines.append("  the tokenizer changes the text: bits per byte is not exact")
         for key, words, digits in (("bits_per_byte", "bits per byte", 4), ("ppl", "ppl", 3)):
             row = found[key]
             if row is None:

@@ -31,8 +31,9 @@ VEGA
 </body>
 </html>
 """
-# DVC's templates are made for Vega-Lite 5. As SVG, plots stay sharp in print and can be looked into.
-SNIPPET = "window.vegaEmbed = (element, spec) => vegaEmbed(element, spec, {renderer: 'svg'});"
+# DVC's templates are made for Vega-Lite 5. As SVG, plots stay sharp in print and can be looked into. A file
+# without points has no data.
+SNIPPET = "window.vegaEmbed = (element, spec) => spec.data && vegaEmbed(element, spec, {renderer: 'svg'});"
 
 
 def main() -> None:

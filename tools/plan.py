@@ -22,7 +22,7 @@ from stages.training.checkpoints import KEPT
 from stages.training.data import Blocks
 from stages.training.history import History
 from stages.training.module import LanguageModel
-from stages.training.trainer import check_processes, make_trainer, quiet_libraries
+from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries
 from stages.watch.summary import plan_line, step_tokens
 
 import torch
@@ -37,7 +37,7 @@ VALIDATED = 4  # batches
 
 
 def main() -> None:
-    settings = load("tools.plan", __doc__)
+    settings = on_this_machine(load("tools.plan", __doc__))
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")

@@ -2,6 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const COLOURS = 8; // as many runs can be told apart, so no more can be selected
+const SHOWN_ROWS = 100;
 const byId = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const make = (tag, text, className) => {
@@ -39,7 +40,7 @@ function history(id, figure, title, digits, scale) {
     data: { values },
     layer: [
       { transform: [{ filter: "datum.kind === 'commit'" }], mark: { type: "line", color: colours.commit, strokeWidth: 1.5, opacity: 0.6 }, encoding: { x, y, detail: { field: "segment" } } },
-      ...(figure === "test_ppl" ? [{ transform: [{ filter: "isValid(datum.low)" }], mark: { type: "rule", strokeWidth: 2, opacity: 0.4, color: colours.commit }, encoding: { x, y: { ...y, field: "low" }, y2: { field: "high" } } }] : []),
+      ...(figure === "test_ppl" ? [{ transform: [{ filter: "isValid(datum.test_ppl_low)" }], mark: { type: "rule", strokeWidth: 2, opacity: 0.4, color: colours.commit }, encoding: { x, y: { ...y, field: "test_ppl_low" }, y2: { field: "test_ppl_high" } } }] : []),
       {
         mark: { type: "point", filled: true, size: values.length > 60 ? 30 : 70, opacity: 1 },
         encoding: {
@@ -77,7 +78,7 @@ function showSelected() {
   const chosen = selected.map((i) => runs[i]);
   byId("none").hidden = chosen.length > 0;
   byId("selected").hidden = chosen.length === 0;
-  for (const box of document.querySelectorAll("#runs input")) {
+  for (const box of boxes) {
     const i = Number(box.value), row = box.closest("tr");
     box.checked = selected.includes(i);
     box.disabled = !box.checked && selected.length >= COLOURS;
@@ -119,9 +120,10 @@ function showFigures(chosen) {
     row.append(make("th", name), ...cells);
     body.append(row);
   };
-  const figures = [["Test ppl", "test_ppl", 2], ["95 %, from", "low", 2], ["to", "high", 2], ["Test bits per byte", "test_bits_per_byte", 3], ["Validation ppl", "valid_ppl", 2], ["Validation bits per byte", "valid_bits_per_byte", 3], ["Parameters", "parameters", 0], ["Training tokens", "tokens", 0], ["Training seconds", "train_seconds", 0], ["Test n-grams found in train, %", "leakage", 2]];
+  const ofSet = (set) => [[`${set} ppl`, `${set}_ppl`, 2], ["95 %, from", `${set}_ppl_low`, 2], ["to", `${set}_ppl_high`, 2], [`${set} bits per byte`, `${set}_bits_per_byte`, 3]];
+  const figures = [...data.sets.flatMap(ofSet), ["Parameters", "parameters", 0], ["Training tokens", "tokens", 0], ["Training seconds", "train_seconds", 0], ["Test text found in train, %", "leakage", 2]];
   for (const [name, key, digits] of figures) {
-    const values = chosen.map((run) => (key === "leakage" && run.figures[key] !== null ? 100 * run.figures[key] : run.figures[key]));
+    const values = chosen.map((run) => run.figures[key] ?? null).map((value) => (key === "leakage" && value !== null ? 100 * value : value));
     if (values.some((value) => value !== null)) add(name, values.map((value) => make("td", fixed(value, digits))));
   }
   add("Letter", chosen.map((run) => make("td", run.letter)));
@@ -138,7 +140,7 @@ function showCurves(chosen) {
   byId("curves-title").textContent = bits ? "Validation loss in bits per byte (the tokenizers differ)" : "Loss over training (thin: training, thick with points: validation)";
   const values = [];
   chosen.forEach((run, i) => {
-    const curves = data.curves[run.curves];
+    const curves = JSON.parse(data.curves[run.curves]);
     for (const split of bits ? ["valid"] : ["train", "valid"])
       for (const [tokens, loss] of curves[split === "train" ? 0 : 1]) values.push({ run: i, split, tokens, loss: bits ? loss * run.figures.bits_factor : loss, name: label(run) });
   });
@@ -167,7 +169,7 @@ function showCurves(chosen) {
 }
 
 function showSamples(chosen) {
-  const samples = chosen.map((run) => new Map(data.samples[run.samples]));
+  const samples = chosen.map((run) => new Map(JSON.parse(data.samples[run.samples])));
   const body = make("tbody");
   for (const prompt of new Set(samples.flatMap((texts) => [...texts.keys()]))) {
     const row = make("tr");
@@ -195,31 +197,44 @@ function toggle(i) {
   showSelected();
 }
 
+// Only as many rows as one looks at are in the page, so that a sort of thousands takes no time.
+const body = document.querySelector("#runs tbody");
+const boxes = [...body.querySelectorAll("input")];
+const seeds = Map.groupBy([...body.rows].filter((row) => row.dataset.seedOf), (row) => row.dataset.seedOf);
+let order = [...body.rows].filter((row) => !row.dataset.seedOf), limit = SHOWN_ROWS;
+
+function showRows() {
+  const opened = (row) => row.querySelector(".seeds[aria-expanded=true]");
+  body.replaceChildren(...order.slice(0, limit).flatMap((row) => [row, ...(opened(row) ? seeds.get(row.dataset.revision) : [])]));
+  byId("all").hidden = order.length <= limit;
+}
+
 function sortBy(heading) {
   const ascending = heading.getAttribute("aria-sort") !== "ascending";
   for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
   heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-  const body = document.querySelector("#runs tbody");
-  const key = (row) => row.children[heading.cellIndex].dataset.sort;
+  const keys = new Map(order.map((row) => [row, row.children[heading.cellIndex].dataset.sort]));
   const missing = (text) => text === "" || text === "nan";
-  const rows = [...body.rows].filter((row) => !row.dataset.seedOf).sort((a, b) => {
-    const [x, y] = [key(a), key(b)];
+  order.sort((a, b) => {
+    const [x, y] = [keys.get(a), keys.get(b)];
     if (missing(x) || missing(y)) return missing(x) - missing(y); // what is missing comes last either way
     const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
     return ascending ? order : -order;
   });
-  const seeds = Map.groupBy([...body.rows].filter((row) => row.dataset.seedOf), (row) => row.dataset.seedOf);
-  body.append(...rows.flatMap((row) => [row, ...(seeds.get(row.dataset.revision) ?? [])]));
+  showRows();
 }
 
 document.querySelectorAll("#runs th button").forEach((button) => button.addEventListener("click", () => sortBy(button.closest("th"))));
-document.querySelectorAll("#runs .seeds").forEach((button) => button.addEventListener("click", () => {
-  const open = button.getAttribute("aria-expanded") !== "true";
-  button.setAttribute("aria-expanded", open);
-  for (const row of document.querySelectorAll(`#runs tr[data-seed-of="${button.closest("tr").dataset.revision}"]`)) row.hidden = !open;
+body.querySelectorAll(".seeds").forEach((button) => button.addEventListener("click", () => {
+  button.setAttribute("aria-expanded", button.getAttribute("aria-expanded") !== "true");
+  showRows();
 }));
+byId("all").addEventListener("click", () => {
+  limit = Infinity;
+  showRows();
+});
 byId("cost-axis").addEventListener("change", showCost);
-document.querySelectorAll("#runs input").forEach((box) => box.addEventListener("change", () => toggle(Number(box.value))));
+boxes.forEach((box) => box.addEventListener("change", () => toggle(Number(box.value))));
 
 function drawAll() {
   return Promise.all([
@@ -231,5 +246,7 @@ function drawAll() {
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
+for (const rows of seeds.values()) for (const row of rows) row.hidden = false;
+showRows();
 for (const i of data.selected) toggle(i);
 drawAll();

@@ -7,11 +7,13 @@ It reads Git and DVC's files in it, and changes nothing.
 
 import base64
 import hashlib
-import io
 import json
 import math
 import re
+import subprocess
+import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,47 @@ from stages.common.commands import CommandLine
 from stages.common.errors import UserError
 from stages.common.errors import run as run_main
 from stages.common.files import write_text
-from tools.runs import EVAL, SAMPLE_TEXT, Run, exists, history, number, read_json
+from tools.runs import EVAL, SAMPLE_TEXT, Run, exists, history, number, read_columns, read_json
 from tools.verdict import compare, seed_groups
 
 import numpy as np
-import pandas as pd
-import vl_convert
 from jinja2 import Environment, FileSystemLoader
 
 TRAIN, VALID, SAMPLES, CORPUS = "metrics/train.csv", "metrics/valid.csv", "metrics/samples.md", "metrics/corpus.json"
 CURVE_POINTS = 200  # a curve on a screen shows no more
-LABEL_LETTERS = 22
+LABEL_LETTERS, SETTING_LETTERS = 22, 80
 FLOPS = 6  # of a training step, a parameter and token: Kaplan et al. 2020, section 2.1
 HERE = Path(__file__).parent
-FIGURES = (("test", "ppl"), ("test", "bits_per_byte"), ("valid", "ppl"), ("valid", "bits_per_byte"))
+BUNDLE = "import vl_convert; print(vl_convert.javascript_bundle())"  # Vega
+FIGURES = ("ppl", "ppl_low", "ppl_high", "bits_per_byte")
+
+
+def curve(column: str, raw: bytes | None) -> str:
+    """JSON of the points (tokens seen, loss in nats a token), neighbours averaged down to CURVE_POINTS."""
+    table = read_columns(raw, "tokens", column)
+    table = table[np.isfinite(table).all(axis=1)]
+    if len(table) > CURVE_POINTS:
+        table = np.stack([part.mean(axis=0) for part in np.array_split(table, CURVE_POINTS)])
+    return json.dumps([[round(tokens), round(loss, 4)] for tokens, loss in table.tolist()])
+
+
+def read_samples(raw: bytes | None) -> str:
+    """JSON of the pairs (prompt, text) of metrics/samples.md."""
+    text = (raw or b"").decode(errors="replace")
+    parts = re.split(r"^Prompt: (.*)$", text, flags=re.MULTILINE)[1:]
+    pairs = zip(parts[::2], parts[1::2])
+    return json.dumps(
+        [[str(read_json(prompt.encode()) or prompt), textwrap.dedent(text).strip("\n")] for prompt, text in pairs]
+    )
+
+
+# What the page shows beside the figures, as it is kept of each run.
+MORE = {
+    TRAIN: partial(curve, "train_loss"),
+    VALID: partial(curve, "valid_loss"),
+    SAMPLES: read_samples,
+    CORPUS: lambda raw: Run.part(Run.part(read_json(raw), "leakage"), "test"),
+}
 
 
 def main() -> None:
@@ -45,11 +74,17 @@ def main() -> None:
         raise UserError(f"--output: {options.output} is a folder: name an HTML file")
     if options.since and not exists(options.since):
         raise UserError(f"--since: {options.since}: no such revision")
-    runs = history((TRAIN, VALID, SAMPLES, CORPUS), since=options.since)
-    if not runs:
-        raise UserError(f"no figures yet: no commit has {EVAL}: run `dvc repro`, then `git add -A` and `git commit`")
-    shown = runs if options.all or options.since else own_runs(runs)
-    write_text(options.output, page(described(shown)))
+    bundle = subprocess.Popen([sys.executable, "-c", BUNDLE], stdout=subprocess.PIPE)  # seconds, meanwhile
+    try:
+        runs = history(MORE, since=options.since)
+        if not runs:
+            raise UserError(
+                f"no figures yet: no commit has {EVAL}: run `dvc repro`, then `git add -A` and `git commit`"
+            )
+        shown = runs if options.all or options.since else own_runs(runs)
+        write_text(options.output, page(described(shown), bundle.communicate()[0].decode()))
+    finally:
+        bundle.kill()
     hidden = f" ({len(runs) - len(shown)} on the sample text left out: --all)" if len(runs) > len(shown) else ""
     size = options.output.stat().st_size / 1e6
     print(f"{options.output.resolve()}: {len(shown)} runs{hidden}, {size:.1f} MB: open it in a browser")
@@ -65,9 +100,9 @@ def described(runs: list[Run]) -> list[dict[str, Any]]:
     """What the page shows of each run: its figures, its verdict against its parent, and what made it differ.
 
     Returns:
-        for each run: run; ppl, bits, low, high; verdict (of the test set against the parent, or None); letter
-        (ppl compares where it is the same) and bits_letter; changes; seeds (all runs of its recipe), leader
-        (it is the newest of them), mean and sd of their bits; cost; leakage.
+        for each run: run; ppl, bits, low, high of the test set; verdicts against the parent (of each test set by
+        name, test first; empty without one); letter (ppl compares where it is the same) and bits_letter; changes;
+        seeds (all runs of its recipe), leader (it is the newest of them), mean and sd of their bits; cost; leakage.
     """
     parents, groups = {run.revision: run for run in runs}, seed_groups(runs)
     letters, bits_letters = {}, {}
@@ -79,7 +114,8 @@ def described(runs: list[Run]) -> list[dict[str, Any]]:
         letter = name_of(letters, (*scored, run.detail("test", "tokenizer"))) if known else "?"
         bits_letter = name_of(bits_letters, (*scored, lossy)) if known else "?"
         parent, seeds = parents.get(run.parent), groups[run.recipe]
-        verdict = compare(parent, run, groups, ["test"])["sets"].get("test") if parent else None
+        names = [name for name in run.figures if name != "valid"]
+        verdicts = compare(parent, run, groups, names)["sets"] if parent else {}
         bits = [each.number("test", "bits_per_byte") for each in seeds]
         rows.append(
             {
@@ -92,8 +128,7 @@ def described(runs: list[Run]) -> list[dict[str, Any]]:
                 "bits_letter": bits_letter,
                 "lossy": lossy is not None,
                 "has_parent": parent is not None,
-                "verdict": verdict,
-                "bar": bar(verdict),
+                "verdicts": {name: verdict | {"bar": bar(verdict)} for name, verdict in verdicts.items()},
                 "changes": changes(run, parent) if parent and not (run.unknown or parent.unknown) else [],
                 "unknown": run.unknown or (parent.unknown if parent else None),
                 "seeds": seeds,
@@ -101,7 +136,7 @@ def described(runs: list[Run]) -> list[dict[str, Any]]:
                 "mean": float(np.mean(bits)),
                 "sd": float(np.std(bits, ddof=1)) if len(bits) > 1 else math.nan,
                 **cost(run),
-                "leakage": number(read_json(run.more[CORPUS]), "leakage", "test", "ngrams"),
+                "leakage": leakage(run),
             }
         )
     return rows[::-1]
@@ -118,34 +153,20 @@ def cost(run: Run) -> dict[str, float]:
     return found | {"compute": FLOPS * found["parameters"] * found["tokens"]}
 
 
-def bar(verdict: dict | None) -> dict[str, float] | None:
-    """Where the interval, its middle and 0 stand in a bar, in percent of its width."""
-    bits = (verdict or {}).get("bits_per_byte")
+def leakage(run: Run) -> float:
+    """The larger share of the test documents and of their n-grams that stand word for word in train."""
+    return float(np.fmax(number(run.more[CORPUS], "documents"), number(run.more[CORPUS], "ngrams")))
+
+
+def bar(verdict: dict) -> dict[str, float] | None:
+    """Where the interval and its middle stand in a bar with 0 in the middle, in percent of its width."""
+    bits = verdict["bits_per_byte"]
     if not bits or not math.isfinite(bits["low"]):
         return None
     low, high = bits["with_seeds"] or (bits["low"], bits["high"])
     edge = max(abs(low), abs(high), 1e-12) * 1.1
     left, right, middle = (50 + 50 * value / edge for value in (low, high, bits["difference"]))
     return {"left": left, "width": right - left, "middle": middle}
-
-
-def curve(raw: bytes | None, column: str) -> list[list[float]]:
-    """Points (tokens seen, loss in nats a token), neighbours averaged down to CURVE_POINTS."""
-    try:
-        table = pd.read_csv(io.BytesIO(raw or b""))[["tokens", column]].to_numpy(float)
-    except (ValueError, KeyError):
-        return []
-    table = table[np.isfinite(table).all(axis=1)]
-    parts = np.array_split(table, min(len(table), CURVE_POINTS)) if len(table) else []
-    return [[round(tokens), round(loss, 4)] for tokens, loss in (part.mean(axis=0).tolist() for part in parts)]
-
-
-def read_samples(raw: bytes | None) -> list[list[str]]:
-    """Pairs (prompt, text) of metrics/samples.md."""
-    text = (raw or b"").decode(errors="replace")
-    parts = re.split(r"^Prompt: (.*)$", text, flags=re.MULTILINE)[1:]
-    pairs = zip(parts[::2], parts[1::2])
-    return [[str(read_json(prompt.encode()) or prompt), textwrap.dedent(text).strip("\n")] for prompt, text in pairs]
 
 
 def changes(run: Run, parent: Run) -> list[dict[str, str]]:
@@ -168,12 +189,13 @@ def shown(params: dict[str, Any], key: str) -> str | None:
         return None
     value = params[key]
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return textwrap.shorten(text, 80, placeholder=" …") or "(empty)"
+    text = " ".join(text.split()) or "(empty)"
+    return text if len(text) <= SETTING_LETTERS else f"{text[:SETTING_LETTERS]} …"
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The HTML of `described` runs, with its scripts, styles and data inside."""
-    libraries = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+def page(rows: list[dict[str, Any]], libraries: str) -> str:
+    """The HTML of `described` runs, with its scripts, styles and data inside, and what BUNDLE prints."""
+    libraries = libraries.replace("</script", "<\\/script")
     script = (HERE / "report.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     best = {}  # of each bits_letter, by the mean over seeds
@@ -200,15 +222,14 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def page_data(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script draws; equal curves and samples are there once."""
+    """What the page's script draws; equal curves and samples are there once, as JSON."""
     pools = {"curves": {}, "samples": {}}
 
-    def pooled(pool: str, value: Any) -> int:
-        return pools[pool].setdefault(json.dumps(value), len(pools[pool]))
+    def pooled(pool: str, value: str) -> int:
+        return pools[pool].setdefault(value, len(pools[pool]))
 
     settings = [{key: shown(row["run"].params, key) for key in row["run"].params} for row in rows]
     shared = set.intersection(*(set(texts.items()) for texts in settings))
-    curves = ((TRAIN, "train_loss"), (VALID, "valid_loss"))
     labels, segments, before, found = set(), {"ppl": 0, "bits": 0}, None, []
     for row, texts in list(zip(rows, settings))[::-1]:
         run = row["run"]
@@ -220,8 +241,8 @@ def page_data(rows: list[dict[str, Any]]) -> dict[str, Any]:
         label = label if label not in labels else f"{label} {run.short}"
         labels.add(label)
         valid = [run.number("valid", key) for key in ("bits_per_byte", "loss")]
-        figures = {f"{name}_{key}": run.number(name, key) for name, key in FIGURES}
-        figures |= {key: row[key] for key in ("low", "high", "parameters", "tokens", "train_seconds", "compute")}
+        figures = {f"{name}_{key}": run.number(name, key) for name in run.figures for key in FIGURES}
+        figures |= {key: row[key] for key in ("parameters", "tokens", "train_seconds", "compute")}
         # Turns the validation loss of a training curve into bits per byte.
         figures |= {"bits_factor": valid[0] / valid[1] if valid[1] else math.nan, "leakage": row["leakage"]}
         found.append(
@@ -231,21 +252,25 @@ def page_data(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 "name": run.name,
                 "place": run.place,
                 "when": run.when,
-                "figures": {key: value if math.isfinite(value) else None for key, value in figures.items()},
+                "figures": {
+                    key: float(f"{value:.7g}") if math.isfinite(value) else None for key, value in figures.items()
+                },
                 "letter": row["letter"],
                 "bits_letter": row["bits_letter"],
                 "segment": dict(segments),
                 "tokenizer": run.detail("test", "tokenizer"),
                 "params": {key: value for key, value in texts.items() if (key, value) not in shared},
-                "curves": pooled("curves", [curve(run.more[path], column) for path, column in curves]),
-                "samples": pooled("samples", read_samples(run.more[SAMPLES])),
+                "curves": pooled("curves", f"[{run.more[TRAIN]}, {run.more[VALID]}]"),
+                "samples": pooled("samples", run.more[SAMPLES]),
             }
         )
     parent = [i for i, row in enumerate(rows) if row["run"].revision == rows[0]["run"].parent]
+    sets = dict.fromkeys(name for row in rows for name in row["run"].figures if name != "valid")
     return {
         "runs": found[::-1],
+        "sets": [*sets, "valid"],
         "selected": parent + [0],
-        **{name: [json.loads(key) for key in pool] for name, pool in pools.items()},
+        **{name: list(pool) for name, pool in pools.items()},
     }
 
 

@@ -53,8 +53,8 @@ def compare(a: Run, b: Run, groups: dict[str, list[Run]], names: list[str] | Non
         names: the sets; None: all.
     Returns:
         a, b; sets: by name bits_per_byte and ppl (a, b, difference, low, high: the interval over documents;
-        with_seeds: the interval over documents and seeds, or None), verdict, why; seeds: what is known of the
-        training noise. Figures are means over the seeds of each run's group.
+        with_seeds: the interval over documents and seeds, or None), verdict, why, exact (the tokenizer gives the
+        text back); seeds: what is known of the training noise. Figures are means over the seeds of each run's group.
     """
     names = [name for name in names or b.figures if name in a.figures and name in b.figures]
     only_seed = a.recipe == b.recipe
@@ -71,8 +71,9 @@ def compare(a: Run, b: Run, groups: dict[str, list[Run]], names: list[str] | Non
 
 def judge(a: list[Run], b: list[Run], name: str, noise: Noise | None, only_seed: bool = False) -> dict[str, Any]:
     """The verdict on one set: the runs of B, seeds of one recipe, against those of A."""
+    exact = not any(run.detail(name, "changed_documents") for run in (a[0], b[0]))
     if why := differing(a[0], b[0], name):
-        return {"bits_per_byte": None, "ppl": None, "verdict": INCOMPARABLE, "why": "; ".join(why)}
+        return {"bits_per_byte": None, "ppl": None, "verdict": INCOMPARABLE, "why": "; ".join(why), "exact": exact}
     before = a[0].documents[name]
     nll = [np.mean([run.documents[name][:, NLL] for run in runs], axis=0) for runs in (a, b)]
     size = before[:, BYTES] * math.log(2)
@@ -88,7 +89,7 @@ def judge(a: list[Run], b: list[Run], name: str, noise: Noise | None, only_seed:
         )
         bits["with_seeds"] = [difference - math.hypot(below, seed), difference + math.hypot(above, seed)]
     word, why = call(bits, noise, seed, len(a), len(b), len(size), only_seed)
-    return {"bits_per_byte": bits, "ppl": ppl, "verdict": word, "why": why}
+    return {"bits_per_byte": bits, "ppl": ppl, "verdict": word, "why": why, "exact": exact}
 
 
 def row_of(a: np.ndarray, b: np.ndarray, weight: np.ndarray, scale: Callable[[float], float] = float) -> dict[str, Any]:
@@ -104,7 +105,8 @@ def call(bits: dict, noise: Noise | None, seed: float | None, a: int, b: int, ro
     """The word, and why: what it would take to tell, and what is not known."""
     difference, (low, high) = bits["difference"], bits["with_seeds"] or (bits["low"], bits["high"])
     if only_seed:
-        return UNSURE, "the same figures" if difference == 0 else "only the seed differs: this is training noise"
+        spread = f", ± {noise.sd:.4f} over {noise.source}" if noise else ""
+        return UNSURE, "the same figures" if difference == 0 else f"only the seed differs: training noise{spread}"
     if rows < FEWEST_ROWS:
         return UNSURE, f"{rows} test document{'s' * (rows > 1)}: too few to resample ({FEWEST_ROWS} at least)"
     clear = low > 0 or high < 0

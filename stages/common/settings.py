@@ -83,7 +83,7 @@ class Data(Group):
     """Text files and how they split into documents."""
 
     train_file: FilePath = about(
-        "text to train on: a file or folder of .txt, .jsonl, .csv or .parquet, compressed or not"
+        "text to train on: a file, folder or Hugging Face data set of .txt, .jsonl, .csv or .parquet, compressed or not"
     )
     valid_file: FilePath = about("text that chooses the best checkpoint; the path of train_file: held out of it")
     test_file: FilePath = about("text that only the evaluation sees; the path of train_file: held out of it")

@@ -16,10 +16,10 @@ def draws(rows: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=32)
-def resampled(weight: bytes) -> np.ndarray:
-    """(DRAWS,) sums of float32 weights in each resample: runs on the same documents share them."""
-    weights = np.frombuffer(weight, np.float32)
-    return draws(len(weights)) @ weights
+def resampled(value: bytes) -> np.ndarray:
+    """(DRAWS,) sums of float32 values in each resample: weights are those of other runs, totals of other weights."""
+    values = np.frombuffer(value, np.float32)
+    return draws(len(values)) @ values
 
 
 @cache
@@ -40,6 +40,7 @@ def interval(total: np.ndarray, weight: np.ndarray) -> tuple[float, float]:
             difference: that makes it a paired bootstrap.
         weight: (rows,) what the nats are counted by: bytes or tokens.
     """
-    ratios = (draws(len(weight)) @ total.astype(np.float32)) / resampled(weight.astype(np.float32).tobytes())
-    low, high = np.quantile(ratios, levels(len(weight)))
+    rows = len(weight)
+    total, weight = (resampled(values.astype(np.float32).tobytes()) for values in (total, weight))
+    low, high = np.quantile(total / weight, levels(rows))
     return float(low), float(high)

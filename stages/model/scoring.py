@@ -20,6 +20,7 @@ from stages.common.paths import BLOCKS
 from stages.common.settings import Evaluate
 from stages.model import gpt2
 from stages.model.intervals import interval
+from stages.text.leakage import LONG_WORD_BYTES
 from stages.text.streams import Split
 
 import numpy as np
@@ -29,7 +30,6 @@ from transformers import GPT2LMHeadModel
 
 DOCUMENT_ROWS = 1000
 MAX_LOG = 700.0  # of what exp() can take
-LONGEST_WORDS = 40  # bytes a word, on average: above it the text is written without spaces between words
 
 
 def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tuple[dict, dict, dict]:
@@ -58,7 +58,7 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tupl
         "loss": total / predicted,
     }
     details = {"tokens": predicted, "bytes": split.bytes, "words": split.words}
-    if split.bytes < LONGEST_WORDS * split.words and total / split.words < MAX_LOG:
+    if split.bytes < LONG_WORD_BYTES * split.words and total / split.words < MAX_LOG:
         details["word_ppl"] = math.exp(total / split.words)
     if len(documents) > 1:
         ends = interval(documents["nll"].to_numpy(), documents["tokens"].to_numpy())

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from stages.common.errors import UserError, note, one_line
+from stages.common.hub import dataset_files
 from stages.common.settings import Data
 
 import pyarrow as pa
@@ -57,7 +58,7 @@ def find_files(path: str, document: str) -> list[SourceFile]:
     """The files of a source in sorted order.
 
     Args:
-        path: a file or a folder.
+        path: a file, a folder, or a data set of the Hugging Face hub.
         document: `file` takes any ending for text.
     Raises:
         UserError: nothing there, nothing readable, an unknown ending, formats mixed in a folder, an empty file.
@@ -91,14 +92,15 @@ def find_files(path: str, document: str) -> list[SourceFile]:
 
 
 def names_at(path: str) -> list[str]:
-    """A file, or all files in a folder in sorted order, but for hidden ones and Python's __pycache__."""
-    if not os.path.exists(path):
-        dataset = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not os.path.splitext(path)[1]
-        hint = f"`hf download {path} --repo-type dataset --include '*.parquet' --local-dir data/{path}`"
-        more = f"; a Hugging Face dataset: {hint}, then name that folder" if dataset else ""
-        raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text{more}")
-    if not os.path.isdir(path):
+    """A file, the files of a data set of the hub, or all files in a folder in sorted order, but for hidden
+    ones and Python's __pycache__."""
+    if os.path.isfile(path):
         return [path]
+    if not os.path.isdir(path):
+        names = dataset_files(path)
+        if names is None:
+            raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text")
+        return names
     names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
     left_out = re.compile(r"(^|/)(\.|__pycache__/)")
     return sorted(name for name in names if not left_out.search(os.path.relpath(name, path)))

@@ -44,6 +44,10 @@ FIGURES = """On {documents:,} validation documents ({bytes:,} bytes, {tokens:,} 
 | --- | --- | --- |
 | {loss:.4f} | {ppl:.2f} | {bits_per_byte:.4f} |"""
 
+LOSSY = """
+
+The tokenizer changes the text of {changed:,} of the documents: a figure by bytes is not exact."""
+
 FIGURES_OF_A_PART = """On {tokens:,} of the {all:,} predicted tokens of the validation text, {context} at a time:
 
 | loss (nats a token) | perplexity |
@@ -66,7 +70,18 @@ def figures_table(best: BestWeights, valid: Split, context: int) -> str:
     figures = valid_figures(best, valid)
     table = FIGURES if "bits_per_byte" in figures else FIGURES_OF_A_PART
     counts = {"documents": valid.documents, "bytes": valid.bytes, "tokens": best.tokens, "all": len(valid.tokens) - 1}
-    return table.format(context=context, **counts, **figures)
+    lossy = LOSSY.format(changed=valid.changed_documents) if valid.changed_documents else ""
+    return table.format(context=context, **counts, **figures) + lossy
+
+
+def training_settings(settings: Settings) -> dict:
+    """What a training was told, as a card and TensorBoard show it."""
+    return {
+        "model": settings.model.model_dump(),
+        "optimizer": settings.optimizer.model_dump(),
+        "trainer": {key: getattr(settings.trainer, key) for key in TRAINER},
+        "seed_everything": settings.seed_everything,
+    }
 
 
 def model_card(settings: Settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
@@ -95,15 +110,7 @@ def model_card(settings: Settings, parameters: int, train: Split, valid: Split, 
         best=f"; these are the weights of step {best.step:,}, at the lowest validation loss" if figures else "",
         new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
         figures=figures_table(best, valid, settings.model.block_size),
-        settings=yaml.safe_dump(
-            {
-                "model": settings.model.model_dump(),
-                "optimizer": optimizer.model_dump(),
-                "trainer": {key: getattr(settings.trainer, key) for key in TRAINER},
-                "seed_everything": settings.seed_everything,
-            },
-            sort_keys=False,
-        ),
+        settings=yaml.safe_dump(training_settings(settings), sort_keys=False),
     )
     return ModelCard(f"---\n{header_of(pretrained, figures)}\n---\n{body}", ignore_metadata_errors=False)
 

@@ -9,6 +9,7 @@ from stages.common.errors import note, one_line
 from stages.common.files import write_text
 from stages.common.paths import LOGS
 from stages.training.history import History
+from stages.training.model_card import training_settings
 from stages.training.module import LanguageModel, valid_metrics
 
 import dvclive
@@ -111,6 +112,14 @@ class Live(Callback):
     def on_train_end(self, trainer: Trainer, module: LanguageModel) -> None:
         self.bar.close()
 
+    def on_fit_end(self, trainer: Trainer, module: LanguageModel) -> None:  # after the last validation
+        figures = {"tokens": self.history.tokens(trainer)}
+        if self.history.valid:
+            figures["best_valid_loss"] = min(row["valid_loss"] for row in self.history.valid)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):  # its HPARAMS tab
+                logger.log_hyperparams(training_settings(module.settings), figures, trainer.global_step)
+
     def on_exception(self, trainer: Trainer, module: LanguageModel, exception: BaseException) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -124,12 +133,20 @@ def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
         live.log_metric(name, value)
 
 
-def make_loggers(identity: str, resume: Path | None) -> list[Logger]:
-    """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint."""
+def make_loggers(module: LanguageModel, identity: str, resume: Path | None) -> list[Logger]:
+    """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint.
+
+    Args:
+        module: its settings and the model's shape name the run in TensorBoard.
+        identity: of the run, so that a resumed one goes on in its folder.
+        resume: the checkpoint.
+    """
     step = resume.stem.split("-")[-1] if resume else "0"
     # TensorBoard hides what was logged after the checkpoint before: it happens again.
     first = int(step) + 1 if step.isdigit() else None
-    tensorboard = TensorBoardLogger(LOGS, name="", version=identity[:16], default_hp_metric=False, purge_step=first)
+    config, optimizer, seed = module.model.config, module.settings.optimizer, module.settings.seed_everything
+    name = f"{config.n_layer}x{config.n_embd}-{optimizer.name}-{optimizer.lr:g}-seed{seed}-{identity[:8]}"
+    tensorboard = TensorBoardLogger(LOGS, name="", version=name, default_hp_metric=False, purge_step=first)
     if first is None:
         return [tensorboard]  # training has ended
     logger = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)

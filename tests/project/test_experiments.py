@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run
+from conftest import in_terminal, run
 
 
 def experiments(project: Path) -> dict[str, dict]:
@@ -46,6 +47,14 @@ def test_exp_show_compares_them(explored):
     assert {float(row["optimizer.lr"]) for row in rows.values()} == {4e-3, 3e-4, 1e-3}
     figures = [row["test.ppl"] for name, row in rows.items() if name not in ("workspace", "main")]
     assert len(set(figures)) == 3 and all(float(figure) > 1 for figure in figures)
+
+
+def test_tables_show_the_test_figures_in_a_terminal(explored):
+    lines = run("dvc", "metrics", "show", cwd=explored).stdout.splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= 120 and "test.ppl" in lines[0]
+    shown = re.sub(r"\x1b\[[\d;]*m", "", in_terminal(150, "dvc", "exp", "show", cwd=explored))
+    header = next(line[:150] for line in shown.splitlines() if "Experiment" in line)
+    assert [word for word in header.split() if "." in word][:3] == ["test.ppl", "test.bits_per_byte", "test.loss"]
 
 
 def test_queued_runs_share_the_cache(explored):

@@ -544,7 +544,10 @@ SETTINGS = {
     ),
 }
 TRAINER = {
-    "precision": (["trainer.precision=8"], r"params\.yaml:\d+: trainer\.precision: got 8, must be one of auto, 32-true, bf16-mixed"),
+    "precision": (
+        ["trainer.precision=8"],
+        r"params\.yaml:\d+: trainer\.precision: got 8, must be one of auto, 32-true",
+    ),
     "accelerator that is not there": (["trainer.accelerator=tpu"], r"trainer: .+: change the trainer group"),
     "unknown accelerator": (["trainer.accelerator=abacus"], r"trainer: .*invalid accelerator name"),
     "unknown strategy": (["trainer.strategy=magic"], r"trainer: .*invalid strategy name"),

@@ -53,6 +53,14 @@ def test_setting(copy, warm, key, value, stages):
     assert stages_run(done) == listed(stages)
 
 
+def test_a_changed_test_set_trains_nothing(copy, warm):
+    set_params(copy, "data.test_files={more: data/more.txt}")
+    warm("dvc", "repro", cwd=copy)
+    with (copy / "data/more.txt").open("a") as file:
+        file.write("\n\nAnd God saw every thing that he had made.\n")
+    assert stages_run(warm("dvc", "repro", cwd=copy)) == ["prepare_corpus", "tokenize_blocks", "evaluate"]
+
+
 @pytest.mark.parametrize("file, stages", FILES, ids=[file for file, _ in FILES])
 def test_file(copy, warm, file, stages):
     addition = {".txt": "\n\nAnd God saw every thing that he had made.\n", ".py": "# a comment\n", ".json": "\n"}

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import ROOT, data_settings, run_stage, sample_lines, set_params
+from conftest import ROOT, data_settings, run, run_stage, sample_lines, set_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -275,6 +275,37 @@ def test_source_code_is_a_corpus(project):
     assert set().union(*made.values()) == {content for content in files if content.strip()}
 
 
+def test_a_data_set_of_the_hub(template, tmp_path, monkeypatch):
+    """A part of a cached one through DVC, all of it, and none."""
+    project = tmp_path / "project"
+    shutil.copytree(template, project)
+    pipeline = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(pipeline.replace("      - ${data.train_file}\n", ""))
+    stories = tmp_path / "hub/datasets--someone--stories"
+    snapshot = stories / "snapshots/0123456789abcdef0123456789abcdef01234567"
+    (snapshot / "data").mkdir(parents=True)
+    (stories / "refs").mkdir()
+    (stories / "refs/main").write_text(snapshot.name)
+    (snapshot / "README.md").write_text("A card.")
+    for i, part in enumerate(("more-0", "train-0", "train-1")):
+        parquet(snapshot / f"data/{part}.parquet", text=DOCUMENTS[3 * i : 3 * i + 3])
+
+    def train_documents() -> list[str]:
+        return pd.read_feather(project / "data/corpus/train.arrow").text.tolist()
+
+    set_params(project, "data.train_file=someone/stories/data/train-*")
+    offline = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    run("dvc", "repro", "prepare_corpus", cwd=project, env=offline)
+    assert train_documents() == DOCUMENTS[3:9]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run_stage(project, "prepare_corpus", "--data.train_file=someone/stories")[0] == 0
+    assert train_documents() == DOCUMENTS[:9]
+    # What is here must be watched.
+    monkeypatch.setenv("DVC_STAGE", "prepare_corpus")
+    _, _, err = run_stage(project, "prepare_corpus", "--data.train_file=data/valid.txt")
+    assert err.startswith("error: params.yaml: data.train_file: DVC doesn't watch data/valid.txt")
+
+
 def test_further_test_sets(project):
     arguments = ["--data.test_files={news: valid.txt, more_1: test.txt}"]
     for stage in ("prepare_corpus", "tokenize_blocks"):
@@ -329,6 +360,8 @@ def cut(content: bytes) -> bytes:
     return content[: len(content) * 2 // 3]
 
 
+PARQUET = pd.DataFrame({"text": DOCUMENTS}).to_parquet()
+DAMAGED = PARQUET[:99] + bytes(len(PARQUET) // 2) + PARQUET[99 + len(PARQUET) // 2 :]
 BAD = {
     "unknown ending": ({"t.docx": b"PK"}, "t.docx", r"t\.docx: no reader for \.docx: name a file or folder of \.txt"),
     "unknown ending, compressed": ({"t.doc.gz": b"x"}, "t.doc.gz", r"no reader for \.doc"),
@@ -342,6 +375,8 @@ BAD = {
         r"t\.jsonl\.zst: broken zstd",
     ),
     "no parquet": ({"t.parquet": PLAIN}, "t.parquet", r"t\.parquet: broken parquet"),
+    "cut parquet": ({"t.parquet": cut(PARQUET)}, "t.parquet", r"t\.parquet: broken parquet"),
+    "damaged parquet": ({"t.parquet": DAMAGED}, "t.parquet", r"t\.parquet: broken parquet"),
     "broken json": ({"t.jsonl": jsonl() + b'{"text": "a'}, "t.jsonl", r"t\.jsonl: line \d+: broken JSON: Unterminated"),
     "json list": ({"t.jsonl": b'{"text": "a"}\n[1]\n'}, "t.jsonl", r"t\.jsonl: line 2: no object"),
     "missing field": (
@@ -372,7 +407,8 @@ BAD = {
     "text and others": ({"f/a.txt": b"x", "f/b.png": b"x"}, "f", r"f: mixed formats: f/a\.txt is txt, f/b\.png \.png"),
     "only others": ({"f/b.png": b"x"}, "f", r"f/b\.png: no reader for \.png"),
     "blank rows": ({"t.jsonl": b'{"text": " "}\n'}, "t.jsonl", r"t\.jsonl: only white space"),
-    "a data set's id": ({}, "someone/stories", r"no such file or folder: .*hf download someone/stories --repo-type"),
+    "a data set's id": ({}, "someone/else", r"someone/else: no such file or folder, nor a Hugging Face data set"),
+    "no data set's id": ({"f/.hidden": b"x"}, "f/stories", r"f/stories: no such file or folder: set the data group"),
 }
 
 

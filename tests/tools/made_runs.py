@@ -21,7 +21,7 @@ def repository(folder: Path) -> None:
 
 
 def made(difference: float, seed: int = 1, rows: int = 40, spread: float = 0.02, **details) -> Run:
-    """A run whose nats a byte are `difference` above those of made(0)."""
+    """A run whose nats a byte are `difference` above those of made(0), on test and on another test set, news."""
     random, size = np.random.default_rng([seed, int(1e6 * abs(difference))]), np.resize(BYTES, rows)
     nll = size * (0.9 + difference + random.normal(0, spread, rows))
     table = np.stack([np.arange(rows) + 1, size / 4, size, size / 5, nll], axis=1)
@@ -34,16 +34,17 @@ def made(difference: float, seed: int = 1, rows: int = 40, spread: float = 0.02,
         None,
         "here",
         "",
-        figures={"test": figures, "valid": figures},
-        details={"test": details},
-        documents={"test": table},
+        figures={"test": figures, "news": figures, "valid": figures},
+        details={"test": details, "news": details},
+        documents={"test": table, "news": table},
         params={"seed_everything": seed},
     )
 
 
 def write(project: Path, made_run: Run, **params) -> None:
     """A run's figures as the pipeline writes them, with a dvc.lock that records them."""
-    rows = pd.DataFrame(made_run.documents["test"], columns=["document", "tokens", "bytes", "words", "nll"])
+    columns = ["document", "tokens", "bytes", "words", "nll"]
+    rows = [pd.DataFrame(table, columns=columns).assign(set=name) for name, table in made_run.documents.items()]
     figures = json.dumps(made_run.figures)
     timing = {"parameters": 1000, "tokens": 5000, "train_seconds": 3.0, "tokens_per_second": 1700}
     lock = {
@@ -55,7 +56,7 @@ def write(project: Path, made_run: Run, **params) -> None:
     (project / "metrics/eval.json").write_text(figures)
     (project / "metrics/details.json").write_text(json.dumps(made_run.details))
     (project / "metrics/run.json").write_text(json.dumps(timing))
-    (project / "metrics/documents.csv").write_text(rows.assign(set="test").to_csv(index=False))
+    (project / "metrics/documents.csv").write_text(pd.concat(rows)[["set", *columns]].to_csv(index=False))
     (project / "dvc.lock").write_text(yaml.safe_dump({"stages": {"all": lock}}))
     (project / "metrics/corpus.json").write_text(json.dumps({"leakage": {"test": {"ngrams": 0.02}}}))
     (project / "metrics/train.csv").write_text("step,tokens,train_loss\n1,64,9.0\n2,128,3.0\n")

@@ -2,14 +2,15 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 from stages.model.intervals import interval
-from tools.verdict import Noise, judge
+from tools.verdict import Noise, call, judge
 
 import numpy as np
 import pytest
-from conftest import run_stage
+from conftest import run, run_stage
 from made_runs import commit, made, repository
 
 
@@ -62,7 +63,7 @@ def test_a_word_needs_documents_and_seeds():
 
 
 def test_what_it_would_take_is_about_right():
-    """With as many times the test text as it says, it can tell."""
+    """With as many times the test text, or as many seeds, as it says, it can tell."""
     noise = Noise(0.0, 4, "5 seeds")
     a, b = made(0, seed=3), made(-0.002, seed=4)
     unsure = judge([a], [b], "test", noise)
@@ -70,6 +71,14 @@ def test_what_it_would_take_is_about_right():
     times = int(unsure["why"].split(" times")[0].split()[-1])
     half = (unsure["bits_per_byte"]["high"] - unsure["bits_per_byte"]["low"]) / 2
     assert half / math.sqrt(times) <= abs(unsure["bits_per_byte"]["difference"]) * 1.01
+    noise = Noise(0.1, 4, "5 seeds")
+    unsure = judge([made(0)], [made(-0.05)], "test", noise)
+    seeds = int(re.search(r"(\d+) more seeds of each", unsure["why"])[1]) + 1
+    difference = abs(unsure["bits_per_byte"]["difference"])
+    assert 1.96 * noise.sd * math.sqrt(2 / seeds) < difference < 1.96 * noise.sd * math.sqrt(2 / (seeds - 2))
+    # Neither documents nor seeds alone hide it: one side's three runs against one of the other.
+    bits = {"difference": -1.0, "low": -1.6, "high": -0.4, "with_seeds": [-2.1, 0.1]}
+    assert "3 more seeds of each" in call(bits, noise, 0.9, 3, 1, 50, False)[1]
 
 
 def test_figures_are_those_of_the_runs_and_pairs_that_differ_are_refused():
@@ -114,7 +123,7 @@ def test_the_command_reads_revisions_seeds_and_the_workspace(lived):
     status, out, _ = compare(lived, "HEAD~1", "HEAD~2", "--fail-if-worse")
     assert status == 1 and "test: WORSE" in out
     status, out, _ = compare(lived, "HEAD~3", "HEAD~2")
-    assert status == 0 and "only the seed differs" in out
+    assert status == 0 and re.search(r"only the seed differs: training noise, ± 0\.\d+ over 3 seeds of \w+", out)
     # By default the last run against the one before it, whose text was another.
     status, out, _ = compare(lived)
     assert status == 0 and "CAN'T BE COMPARED: the text of test differs" in out
@@ -125,6 +134,22 @@ def test_the_command_reads_revisions_seeds_and_the_workspace(lived):
     assert status == 0 and "3 seeds" in out and "±" in out
     status, _, err = compare(lived, "nothing")
     assert status == 1 and err.startswith("error: nothing: no such revision or experiment") and err.count("\n") == 1
+
+
+def test_an_experiment_that_others_have_pushed(lived, tmp_path):
+    run("git", "checkout", "-q", "--detach", "HEAD~1", cwd=lived)
+    experiment = commit(lived, made(-0.1, 1, spread=0.002), "dvc: commit", lr=4)
+    run("git", "update-ref", f"refs/exps/{experiment[:2]}/{experiment[2:]}/wide", experiment, cwd=lived)
+    run("git", "checkout", "-q", "main", cwd=lived)
+    run("git", "clone", "-q", str(lived), "clone", cwd=tmp_path)
+    assert compare(tmp_path / "clone", "HEAD~1", "wide")[0] == 1
+    run("git", "fetch", "-q", "origin", "refs/exps/*:refs/exps/*", cwd=tmp_path / "clone")
+    status, out, _ = compare(tmp_path / "clone", "HEAD~1", "wide")
+    assert status == 0 and "test: BETTER" in out and "B: wide" in out
+    # One that has the figures of the commit before it is that run.
+    same = run("git", "commit-tree", "-p", "HEAD~1", "-m", "dvc: commit", "HEAD~1^{tree}", cwd=lived).stdout.strip()
+    run("git", "update-ref", f"refs/exps/{same[:2]}/{same[2:]}/same", same, cwd=lived)
+    assert "test: BETTER" in compare(lived, "same", "wide")[1]
 
 
 def test_noise_is_lent_by_the_nearest_group_of_the_same_size(lived):

@@ -1,14 +1,11 @@
 """What a training shows while it runs and leaves behind: DVCLive, TensorBoard, terminal, history."""
 
 import json
-import os
-import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -20,8 +17,9 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import run, run_stage, set_params
+from conftest import in_terminal, run, run_stage, set_params
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 NAMES = ("loss", "lr", "grad_norm", "tokens_per_second")
 TRAIN = (sys.executable, "-m", "stages.train")
@@ -109,6 +107,18 @@ def test_tensorboard_of_a_resumed_run_has_every_step_once(killed):
     assert [event.value for event in scalars] == pytest.approx(list(history.train_loss), rel=1e-5)
 
 
+def test_tensorboard_names_a_run_and_lists_its_settings(killed):
+    """What its HPARAMS tab reads."""
+    (folder,) = [path for path in (killed / "logs").iterdir() if path.name != "dvclive"]
+    assert re.fullmatch("2x16-adamw-0.004-seed1-[0-9a-f]{8}", folder.name)
+    events = EventAccumulator(str(folder)).Reload()
+    start = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    told = {key: getattr(value, value.WhichOneof("kind")) for key, value in start.session_start_info.hparams.items()}
+    assert (told["optimizer/lr"], told["model/n_layer"], told["seed_everything"]) == (4e-3, 2, 1)
+    (best,) = events.Scalars("best_valid_loss")
+    assert best.value == pytest.approx(pd.read_csv(killed / "metrics/valid.csv").valid_loss.min())
+
+
 def test_gradient_norm_equals_an_independent_computation(project, monkeypatch):
     assert run_stage(project, "train", "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3")[0] == 0
     monkeypatch.chdir(project)
@@ -138,20 +148,7 @@ def test_in_a_terminal_and_in_a_pipe(project):
     assert re.search(rf"^bits per byte +{figures['bits_per_byte']:.4f}$", piped.stdout, re.M)
 
     shutil.rmtree(project / "models/checkpoints")  # else there is nothing left to train
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 100))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["dvc", "repro", "--force", "--single-item", "train"]
-    training = subprocess.Popen(command, cwd=project, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(ours, 1 << 16)
-        except OSError:  # Linux's way to say that the other side is closed
-            break
-    assert training.wait() == 0
-    shown = shown.decode()
+    shown = in_terminal(100, "dvc", "repro", "--force", "--single-item", "train", cwd=project)
     bars = re.findall(r"training: +\d+%.*?loss \d\.\d{3}, valid \d\.\d{3}, [\d,]+ tokens/s", shown)
     assert bars
     assert max(len(line) for line in re.split(r"[\r\n]+", shown) if line.startswith("training:")) <= 100
