@@ -73,8 +73,9 @@ def main() -> None:
         _, status, used = os.wait4(process.pid, 0)
         assert status == 0
         size = Path(name, "report.html").stat().st_size / 1e6
-        seconds, peak = time.monotonic() - began, used.ru_maxrss / 1024
-        print(f"{arguments.commits:,} commits: {seconds:.1f} s, {peak:,.0f} MiB, a page of {size:.1f} MB")
+        seconds, busy, peak = time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000
+        print(f"{arguments.commits:,} commits: {seconds:.1f} s ({busy:.1f} of a processor), {peak:,.0f} MB")
+        print(f"the page: {size:.1f} MB")
         with chromium() as driver:
             driver.get(Path(name, "report.html").as_uri())
             driver.execute_async_script(SORT)  # the first one waits for the plots

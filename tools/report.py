@@ -7,6 +7,7 @@ It reads Git and DVC's files in it, and changes nothing.
 
 import base64
 import hashlib
+import io
 import json
 import math
 import re
@@ -203,7 +204,8 @@ def page(rows: list[dict[str, Any]], libraries: str) -> str:
         if row["letter"] != "?" and not math.isnan(row["bits"]) and row["leader"]:
             best[row["bits_letter"]] = min(best.get(row["bits_letter"], row), row, key=lambda row: row["mean"])
     yardsticks = {row["letter"]: row for row in rows if row["letter"] != "?"}
-    return environment.get_template("report.html").render(
+    text = io.StringIO()
+    parts = environment.get_template("report.html").generate(
         project=Path.cwd().name,
         rows=rows,
         newest=rows[0],
@@ -219,6 +221,8 @@ def page(rows: list[dict[str, Any]], libraries: str) -> str:
         duration=duration,
         count=count,
     )
+    text.writelines(parts)  # render() would hold all of a million parts
+    return text.getvalue()
 
 
 def page_data(rows: list[dict[str, Any]]) -> dict[str, Any]:

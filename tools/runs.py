@@ -87,11 +87,11 @@ class Run:
 
     @cached_property
     def recipe(self) -> str:
-        """What runs of the same settings, text and code share, whatever their seed; the revision when unknown."""
+        """A hash of settings, text and code, whatever the seed; the revision when they are unknown."""
         if self.unknown:
             return self.revision
         rest = {key: value for key, value in self.params.items() if key != SEED}
-        return json.dumps([rest, self.sources], sort_keys=True, default=str)
+        return hashlib.sha256(json.dumps([rest, self.sources], sort_keys=True, default=str).encode()).hexdigest()
 
     def number(self, name: str, key: str) -> float:
         """A figure or detail of a set; NaN when it isn't there."""

@@ -95,6 +95,8 @@ def test_figures_are_those_of_the_runs_and_pairs_that_differ_are_refused():
     ):
         refused = judge([a], [made(-0.05, **details)], "test", None)
         assert refused["verdict"] == "can't be compared" and why in refused["why"]
+    lossy = [made(value, changed_documents=2) for value in (0, -0.05)]
+    assert found["exact"] and not judge(lossy[:1], lossy[1:], "test", None)["exact"]
     other = judge([a], [made(-0.05, tokenizer="other")], "test", None)
     assert other["ppl"] is None and other["bits_per_byte"]["difference"] < 0
 
