@@ -60,15 +60,17 @@ def cooldown_start(total: float, settings: Optimizer) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, for all matrices of one shape at once.
+    """Muon for all matrices of one shape at once, with updates of one size for every neuron.
 
     The momentum's matrix is replaced by one with the same singular vectors and singular values near 1
-    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), scaled to the size of AdamW's updates
-    (Liu et al. 2025, https://arxiv.org/abs/2502.16982).
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). A hidden layer's neurons, the columns of the
+    wide form, are divided by their running root mean square (NorMuon: Li et al. 2025,
+    https://arxiv.org/abs/2510.05491). The whole is scaled to the size of AdamW's updates (Liu et al. 2025,
+    https://arxiv.org/abs/2502.16982).
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum=0.95, beta2=0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -77,7 +79,8 @@ class Muon(torch.optim.Optimizer):
             matrices = [p for p in group["params"] if p.grad is not None]
             for p in matrices:
                 if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    squares = p.new_zeros(1, max(p.shape))
+                    self.state[p].update(momentum_buffer=torch.zeros_like(p), neuron_squares=squares)
             momenta = [self.state[p]["momentum_buffer"] for p in matrices]
             torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
@@ -87,6 +90,10 @@ class Muon(torch.optim.Optimizer):
             for (_, long, device), pairs in same.items():
                 dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
                 updates = orthogonal(torch.stack([wide(update).to(dtype) for _, update in pairs])).float()
+                squares = [self.state[p]["neuron_squares"] for p, _ in pairs]
+                new = updates.square().mean(-2, keepdim=True).to(squares[0].dtype)
+                torch._foreach_lerp_(squares, list(new), 1 - group["beta2"])
+                updates = same_norm(updates / (torch.stack(squares).float().sqrt() + 1e-8), updates)
                 torch._foreach_add_(
                     [wide(p) for p, _ in pairs], list(updates), alpha=-0.2 * math.sqrt(long) * group["lr"]
                 )
@@ -96,6 +103,12 @@ class Muon(torch.optim.Optimizer):
 def wide(matrix: Tensor) -> Tensor:
     """A matrix as (n, m), n <= m."""
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def same_norm(x: Tensor, of: Tensor) -> Tensor:
+    """(N, n, m) matrices, each scaled to the Frobenius norm of its counterpart."""
+    norm = torch.linalg.matrix_norm
+    return x * (norm(of, keepdim=True) / norm(x, keepdim=True).clamp(min=1e-7))
 
 
 def orthogonal(x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate
     """The last weights and each step's mean loss of a training in float64 with transformers' own model.
 
     Args:
-        muon: whether matrices inside the layers are Muon's (step size of Liu et al., 2025); the rest is AdamW's.
+        muon: whether matrices inside the layers are Muon's (neurons of NorMuon, step size of Liu et al., 2025); the
+            rest is AdamW's.
         clip: the largest absolute value of a gradient's element.
     """
     vocabulary, width = seen.first["transformer.wte.weight"].shape
@@ -62,7 +63,11 @@ def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate
                     p *= 1 - rate * decay
                 if muon and p.ndim == 2 and ".h." in name:
                     first[name] = 0.95 * first.get(name, 0) + 0.05 * grad
-                    p -= rate * 0.2 * math.sqrt(max(p.shape)) * orthogonal(0.95 * first[name] + 0.05 * grad)
+                    update = orthogonal(0.95 * first[name] + 0.05 * grad)
+                    squares = (update**2).mean(0 if p.shape[0] <= p.shape[1] else 1, keepdim=True)
+                    second[name] = 0.95 * second.get(name, 0) + 0.05 * squares
+                    even = update / second[name].sqrt()
+                    p -= rate * 0.2 * math.sqrt(max(p.shape)) * even * update.norm() / even.norm()
                 else:
                     first[name] = betas[0] * first.get(name, 0) + (1 - betas[0]) * grad
                     second[name] = betas[1] * second.get(name, 0) + (1 - betas[1]) * grad.square()
