@@ -112,8 +112,12 @@ def test_rows_say_the_verdict_of_tools_compare_and_what_changed(opened, lived):
     out = run_stage(lived, "tools.compare", "HEAD~3", "HEAD~2", "--json")[1]
     difference = json.loads(out)["sets"]["test"]["bits_per_byte"]["difference"]
     assert f"{difference:.4f}".replace("-", "−") in width
-    found = texts(opened, f"#runs tr[data-revision='{opened.execute_script(REVISION, 'Twice the width')}'] .change")
-    assert [" ".join(text.split()) for text in found] == ["seed_everything 2 → 1", "width 16 → 32"]  # and no other
+    for name, expected in (
+        ("Twice the width", ["seed_everything 2 → 1", "width 16 → 32"]),
+        (HOSTILE, ["vocab new: 280"]),
+    ):
+        found = texts(opened, f"#runs tr[data-revision='{opened.execute_script(REVISION, name)}'] .change")
+        assert [" ".join(text.split()) for text in found] == expected  # and no other
     assert "worse" in row_with(opened, HOSTILE[:9]) and "vocab new: 280" in row_with(opened, HOSTILE[:9])
     assert "can't be compared the text of test differs" in row_with(opened, "Other text")
     assert "experiment" in row_with(opened, "wide") and "first figures" not in row_with(opened, "wide")
@@ -192,7 +196,7 @@ def test_the_best_card_is_the_lowest_mean_on_the_same_text(tmp_path, monkeypatch
     monkeypatch.setattr(report, "BUNDLE", "print()")  # nobody opens the page
     repository(tmp_path)
     for message, bits, seed, more in (
-        ("lucky", -0.09, 1, {}), ("unlucky", 0.05, 2, {}), ("best", -0.04, 1, {"lr": 2}),
+        ("unlucky", 0.05, 1, {}), ("lucky", -0.09, 2, {}), ("best", -0.04, 1, {"lr": 2}),
         ("elsewhere", -0.2, 1, {"lr": 3}), ("newest", 0.0, 1, {"lr": 4}),
     ):  # fmt: skip
         commit(tmp_path, made(bits, seed, 400, text="t" if message != "elsewhere" else "u"), message, **more)
