@@ -191,9 +191,9 @@ def test_what_a_run_is(built, tmp_path, monkeypatch):
     """Data, versions, settings and pretrained weights are part of it; how many devices share the work is not."""
     monkeypatch.chdir(built)
 
-    def of(*arguments: str, train="a", valid="b", tokenizer="c") -> str:
+    def of(*arguments: str, train="a", valid="b", tokenizer="c", trunk=False) -> str:
         splits = (SimpleNamespace(sha256=sha256, tokenizer=tokenizer) for sha256 in (train, valid))
-        return identity.run_identity(load("stages.train", "", argv=list(arguments)), *splits)
+        return identity.run_identity(load("stages.train", "", argv=list(arguments)), *splits)[trunk]
 
     plain = of()
     assert of() == plain == of("--trainer.devices", "2", "--runtime.num_workers", "1")
@@ -202,6 +202,8 @@ def test_what_a_run_is(built, tmp_path, monkeypatch):
     for setting in (("model.dropout", "0.3"), ("optimizer.lr", "1e-3"), ("optimizer.betas", "[0.8, 0.9]"),
                     ("trainer.max_epochs", "3"), ("seed_everything", "5")):  # fmt: skip
         assert of(f"--{setting[0]}", setting[1]) != plain
+        shared = of(f"--{setting[0]}", setting[1], trunk=True) == of(trunk=True)
+        assert shared == (setting[0] == "trainer.max_epochs")
     for library in (torch, pl, np, transformers):
         with monkeypatch.context() as patch:
             patch.setattr(library, "__version__", "0.0.0")
