@@ -69,7 +69,9 @@ class Muon(torch.optim.Optimizer):
     https://arxiv.org/abs/2502.16982).
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum=0.95, beta2=0.95):
+    def __init__(
+        self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95, beta2: float = 0.95
+    ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2})
 
     @torch.no_grad()
