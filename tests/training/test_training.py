@@ -178,6 +178,8 @@ def test_the_best_validation_loss_is_what_is_kept(files):
     assert measured == pytest.approx(history.valid_loss.min(), rel=1e-5)
     kept = safetensors.torch.load_file(files / "models/gpt2/model.safetensors")
     assert not torch.equal(kept["transformer.wte.weight"], seen.last["transformer.wte.weight"])
+    best = history.step[history.valid_loss.argmin()]
+    assert f"weights of step {best:,}, at the lowest validation loss" in (files / "models/gpt2/README.md").read_text()
 
 
 def test_fine_tuning_starts_from_the_folder(files, built):
