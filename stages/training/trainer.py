@@ -7,8 +7,8 @@ import warnings
 from typing import Any
 
 from stages.common.devices import auto_precision
-from stages.common.errors import UserError, one_line
-from stages.common.settings import Settings, as_list, trainer_parser
+from stages.common.errors import UserError
+from stages.common.settings import Settings, as_list, first_reason, trainer_parser
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
 
@@ -70,7 +70,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         # Lightning and the users' callbacks check their arguments in their own ways.
-        raise UserError(f"trainer: {one_line(error, 1000)}: change the trainer group") from None
+        raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
 
 
 def check_refused(key: str, users: list[Any]) -> None:
