@@ -2,9 +2,11 @@
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
@@ -49,11 +51,11 @@ class Probe(Callback):
 
 
 class Noise(Callback):
-    """Draws from torch's global random numbers at each step, as a user's own callback may."""
+    """Draws from the global random numbers of torch, NumPy and Python at each step, as a user's own callback may."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         with torch.no_grad():
-            module.model.transformer.ln_f.bias.add_(torch.randn(1) * 1e-3)
+            module.model.transformer.ln_f.bias.add_((torch.randn(1) + np.random.rand() + random.random()) * 1e-3)
 
 
 class Epochs(Callback):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import ROOT, data_settings, run, run_stage, sample_lines, set_params
+from conftest import ROOT, corpus_of, data_settings, run, run_stage, sample_lines, set_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,6 +176,16 @@ def test_documents_are_held_out_by_their_text(tmp_path):
     assert half["test"] == more["test"] and set(more["valid"]) < set(half["valid"])
     other = prepared(tmp_path, document="line", split_seed=1, **one_path(tmp_path / "t.txt"))
     assert not sets["test"] <= set(other["test"])
+
+
+def test_joined_is_the_text_with_a_blank_line_after_each_document(tmp_path):
+    """Any stretch of it, which is what a tokenizer is trained on."""
+    (tmp_path / "text.txt").write_text("In the beginning\n\nGod\n\ncreated the heaven\nand the earth.\n")
+    documents = corpus_of(tmp_path / "text.txt", "blank_line")["train"]
+    whole = b"In the beginning\n\nGod\n\ncreated the heaven\nand the earth.\n\n"
+    assert documents.starts[-1] == len(whole)
+    for start in range(len(whole)):
+        assert documents.joined(start, start + 9) == whole[start : start + 9]
 
 
 def test_one_document_is_held_out_of_in_pieces(tmp_path, capsys):
