@@ -418,7 +418,7 @@ def shakespeare() -> None:
         said = subprocess.run(command, cwd=other, check=True, capture_output=True, text=True).stdout
         seconds = time.perf_counter() - started
         losses = re.findall(r"step (\d+): .* val loss ([\d.]+)", said)
-        rows.append([f"`python train.py {NANOGPT_RECIPE}`", f"{seconds:.1f}", min(loss for _, loss in losses)])
+        rows.append([f"nanoGPT: {NANOGPT_RECIPE}", f"{seconds:.1f}", min(loss for _, loss in losses)])
 
         folder = Path(name) / "clone"
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
@@ -441,7 +441,7 @@ def shakespeare() -> None:
             "met" if own * 3 <= seconds else "**missed**",
         ]
     ]
-    settings = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in SHAKESPEARE.items())
+    settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in SHAKESPEARE.items())
     body = (
         f"{table(['', 'seconds', 'nats a character, valid'], rows)}\n\n{table(BARS, bars)}\n\nIts settings: {settings}."
     )
