@@ -23,6 +23,7 @@ from stages.model.sampling import continuation
 from stages.text.corpus import Documents
 from stages.text.streams import load_split, write_blocks
 from stages.text.tokenizers import load_tokenizer
+from stages.training.data import permuted
 from stages.training.module import LanguageModel
 from stages.training.trainer import quiet_libraries
 
@@ -53,9 +54,9 @@ def batches(settings) -> Iterator[Tensor]:
     tokens, T, B = load_split("train").tokens, settings.model.block_size, settings.optimizer.batch_size
     blocks = (len(tokens) - 1) // T
     for epoch in count():
-        order = np.random.default_rng([settings.seed_everything, epoch]).permutation(blocks)
         for i in range(0, blocks - B + 1, B):
-            batch = np.stack([tokens[k * T : k * T + T + 1] for k in order[i : i + B]]).astype(np.int64)
+            order = permuted(np.arange(i, i + B), blocks, [settings.seed_everything, epoch])
+            batch = np.stack([tokens[k * T : k * T + T + 1] for k in order]).astype(np.int64)
             yield torch.from_numpy(batch).to(DEVICE, non_blocking=True)
 
 
@@ -160,7 +161,7 @@ def transformers_trainer(settings) -> None:
     """As its documentation shows it: blocks with labels, the default logging, saving and progress bar."""
     split, T = load_split("train"), settings.model.block_size
     blocks = (len(split.tokens) - 1) // T
-    order = np.random.default_rng([settings.seed_everything, 0]).permutation(blocks)
+    order = permuted(np.arange(blocks), blocks, [settings.seed_everything, 0])
 
     class BlockDataset(torch.utils.data.Dataset):
         def __len__(self):

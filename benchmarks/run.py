@@ -285,8 +285,7 @@ def pipeline(rounds: int = 5) -> None:
                 starting = Contender(name, module, cwd=folder)
                 seconds += [starting.turn(0)["started"] - started] if i else []  # the first fills the disk cache
                 starting.end()
-        bar = median_ratio(*times.values())
-        bars = [["train stage / plain script", f"{bar:.2f}", "at most 1.25", "met" if bar <= 1.25 else "**missed**"]]
+        bars = [at_most("train stage / plain script", median_ratio(*times.values()), 1.25)]
         body = f"{seconds_table(times)}\n\n{table(BARS, bars)}"
         record("From start to first training step", command, body)
 
@@ -304,14 +303,7 @@ def plan(shapes: list[Shape] = HERE) -> None:
         with project(shape) as (folder, params):
             print(f"plan, {shape}:", flush=True)
             write_params(folder, params)
-            said = subprocess.run(
-                [sys.executable, "-m", "tools.plan", *arguments],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            ).stdout
+            said = run_module("tools.plan", folder, *arguments)
             run_stage("train", folder, *arguments)
             figures = json.loads((folder / "metrics/run.json").read_text())
         for key, pattern, took, most in (
@@ -433,14 +425,7 @@ def shakespeare() -> None:
         own = time.perf_counter() - started
         bits = json.loads((folder / "metrics/eval.json").read_text())["valid"]["bits_per_byte"]
         rows.append(["`dvc repro`", f"{own:.1f}", f"{bits * math.log(2):.3f}"])
-    bars = [
-        [
-            "dvc repro / nanoGPT's train.py",
-            f"{own / seconds:.2f}",
-            "at most 0.33",
-            "met" if own * 3 <= seconds else "**missed**",
-        ]
-    ]
+    bars = [at_most("dvc repro / nanoGPT's train.py", own / seconds, 1 / 3)]
     settings = ", ".join(f"{key} {json.dumps(value)}" for key, value in SHAKESPEARE.items())
     body = (
         f"{table(['', 'seconds', 'nats a character, valid'], rows)}\n\n{table(BARS, bars)}\n\nIts settings: {settings}."
@@ -524,13 +509,19 @@ def write_params(folder: Path, params: dict) -> None:
 
 
 def run_stage(stage: str, folder: Path, *arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", f"stages.{stage}", *arguments],
+    run_module(f"stages.{stage}", folder, *arguments)
+
+
+def run_module(module: str, folder: Path, *arguments: str) -> str:
+    """What it prints."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
-        stdout=subprocess.DEVNULL,
-    )
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
 
 
 def contender(name: str, folder: Path, *arguments: str) -> Contender:
@@ -589,6 +580,10 @@ def percent(values: list[float]) -> str:
 def table(columns: list[str], rows: list[list]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def at_most(name: str, value: float, most: float) -> list[str]:
+    return [name, f"{value:.2f}", f"at most {most:.2f}", "met" if value <= most else "**missed**"]
 
 
 def bars_table(bars: list[list]) -> str:

@@ -11,12 +11,11 @@ figures stand in stages/model/scoring.py.
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from stages.common.devices import device_of
-from stages.common.errors import UserError, one_line, run
+from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import write_json, write_text
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
 from stages.common.settings import Group, about, load
@@ -77,8 +76,8 @@ def main() -> None:
     remove_checkpoints()
     for name, row in details.items():
         if row["changed_documents"]:
-            lost = f"note: the tokenizer changes the text of {row['changed_documents']:,} {name} documents"
-            print(f"{lost}: bits per byte is not exact", file=sys.stderr)
+            lost = f"the tokenizer changes the text of {row['changed_documents']:,} {name} documents"
+            note(f"{lost}: bits per byte is not exact")
     shown = {name: figures[name] | {key: details[name].get(key) for key in SHOWN} for name in figures}
     print(pd.DataFrame(shown).T.to_string(float_format="{:,.4f}".format, na_rep=""))
     print(f"figures: {METRICS}/eval.json   samples: {METRICS}/samples.md   plots: `dvc plots show`")

@@ -18,7 +18,8 @@ from stages.common.files import new_folder
 from stages.common.settings import Generate, Group, Settings, about, load
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
-from stages.model.scoring import checked_stride, perplexity, token_losses
+from stages.model.intervals import perplexity
+from stages.model.scoring import checked_stride, token_losses
 from stages.text.streams import fresh_blocks
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
 

@@ -19,11 +19,11 @@ from stages.text.streams import Split, load_split
 from stages.train import first_model
 from stages.training.best import BestWeights
 from stages.training.checkpoints import KEPT
-from stages.training.data import Blocks
+from stages.training.data import Blocks, step_tokens
 from stages.training.history import History
 from stages.training.module import LanguageModel
-from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries
-from stages.watch.summary import plan_line, step_tokens
+from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries, with_trainer
+from stages.watch.summary import plan_line
 
 import torch
 from pytorch_lightning import Trainer
@@ -44,7 +44,7 @@ def main() -> None:
     libraries = peak_memory()
     model = first_model(settings, train, valid)
     # Without the users' callbacks: they may write files, or end it sooner.
-    vars(settings.trainer).update(callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
+    settings = with_trainer(settings, callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
     trial, blocks, module = Trial(), Blocks(train, valid, settings), LanguageModel(model, settings)
     trainer = make_trainer(settings, BestWeights(), [History(), trial])
     check_processes(trainer, settings)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from stages.model.intervals import interval
+from stages.model.intervals import interval, perplexity
 from tools.runs import Run, number
 
 import numpy as np
@@ -23,7 +23,6 @@ _, TOKENS, BYTES, _, NLL = range(5)  # columns of Run.documents
 OF_THE_SAME_SIZE = 2.0  # a group whose parameters differ by no larger factor lends its noise
 FEWEST_ROWS = 5
 MOST = 1000
-MAX_LOG = 700.0  # of what exp() can take
 
 
 @dataclass
@@ -79,7 +78,7 @@ def judge(a: list[Run], b: list[Run], name: str, noise: Noise | None, only_seed:
     size = before[:, BYTES] * math.log(2)
     bits = row_of(*nll, size)
     one_tokenizer = a[0].detail(name, "tokenizer") == b[0].detail(name, "tokenizer")
-    ppl = row_of(*nll, before[:, TOKENS], lambda loss: math.exp(min(loss, MAX_LOG))) if one_tokenizer else None
+    ppl = row_of(*nll, before[:, TOKENS], perplexity) if one_tokenizer else None
     seed = noise.half_width(len(a), len(b)) if noise else None
     if seed is not None:
         difference, below, above = (

@@ -6,10 +6,8 @@ checks the whole file, so that a slip in a late stage's group stops the first on
 
 import difflib
 import re
-from collections.abc import Iterable
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from stages.common import plain_yaml
 from stages.common.commands import CommandLine
@@ -19,6 +17,7 @@ from stages.common.plain_yaml import Places
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 PARAMS_FILE = "params.yaml"
 BYTE_ALPHABET = 256
@@ -75,7 +74,7 @@ class Group(BaseModel):
     def check_mistakes(self) -> Self:
         for text, broken in self.mistakes().items():
             if broken:
-                raise ValueError(text)
+                raise PydanticCustomError("mistake", "{text}", {"text": text})
         return self
 
 
@@ -211,6 +210,21 @@ class Trainer(Group):
     detect_anomaly: bool = about("stop at the first NaN in a gradient", default=False)
     sync_batchnorm: bool = about("GPT-2 has no batch norm", default=False)
 
+    def mistakes(self) -> dict[str, Any]:
+        clip, batches = self.gradient_clip_val, self.accumulate_grad_batches
+        endless = self.max_epochs in (None, -1) and self.max_steps == -1 and self.max_time is None
+        ends = ("max_epochs", "max_steps", "limit_train_batches")
+        return {
+            "trainer.max_epochs: no end of training: set it, trainer.max_steps or trainer.max_time": endless,
+            "trainer.fast_dev_run: would leave no model: set trainer.max_steps to a small number": self.fast_dev_run,
+            "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": (
+                isinstance(self.logger, bool)
+            ),
+            **{f"trainer.{name}: 0 trains nothing: raise it": getattr(self, name) == 0 for name in ends},
+            f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
+            f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
+        }
+
 
 class Evaluate(Group):
     """How perplexity is measured."""
@@ -254,7 +268,7 @@ class Settings(Group):
     tokenizer: Tokenizer
     model: Model
     optimizer: Optimizer
-    trainer: Trainer = Trainer()
+    trainer: Trainer = Field(default={}, validate_default=True)
     seed_everything: Seed = about("seed of initial weights, data order, dropout")
     evaluate: Evaluate
     generate: Generate
@@ -262,20 +276,9 @@ class Settings(Group):
     options: Any = None
 
     def mistakes(self) -> dict[str, Any]:
-        trainer, clip, batches = self.trainer, self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches
         stride, block_size = self.evaluate.stride, self.model.block_size
-        endless = trainer.max_epochs in (None, -1) and trainer.max_steps == -1 and trainer.max_time is None
-        ends = ("max_epochs", "max_steps", "limit_train_batches")
         return {
-            f"evaluate.stride: {stride} is above model.block_size {block_size}: lower it": (stride or 0) > block_size,
-            "trainer.max_epochs: no end of training: set it, trainer.max_steps or trainer.max_time": endless,
-            "trainer.fast_dev_run: would leave no model: set trainer.max_steps to a small number": trainer.fast_dev_run,
-            "trainer.logger: TensorBoard and DVCLive are always there: name another one by class_path, or null": (
-                isinstance(trainer.logger, bool)
-            ),
-            **{f"trainer.{name}: 0 trains nothing: raise it": getattr(trainer, name) == 0 for name in ends},
-            f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
-            f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
+            f"evaluate.stride: {stride} is above model.block_size {block_size}: lower it": (stride or 0) > block_size
         }
 
     def plain(self) -> dict[str, Any]:
@@ -413,11 +416,10 @@ def read_option(key: str, text: str, kind: Any) -> tuple[dict[str, Any], Places]
 def read_settings(path: str) -> tuple[dict[str, Any], Places]:
     """A file's values, and for each dotted key its place and text, once the names are known ones."""
     values, given = plain_yaml.read_file(path)
-    groups = GROUPS
     for key, (place, text) in given.items():
-        if key in groups and not isinstance(values[key], dict):
+        if key in GROUPS and not isinstance(values[key], dict):
             raise UserError(f"{place}: {key}: got {short(text)}, must hold settings, one a line")
-        if key not in known_settings() and key not in groups and key.rpartition(".")[0] in {"", *groups}:
+        if key not in known_settings() and key not in GROUPS and key.rpartition(".")[0] in {"", *GROUPS}:
             raise UserError(explain_unknown(key, place))
     return values, given
 
@@ -447,8 +449,8 @@ def explain(error: ValidationError, given: Places, known: dict) -> str:
         if missing[0] in known and "." not in missing[0] and missing[0] != "seed_everything":
             return f"--{missing[0]}: missing: give it a value"
         return f"{PARAMS_FILE}: {', '.join(missing)}: missing: `git diff {PARAMS_FILE}` shows what was removed"
-    if errors[0]["type"] == "value_error":
-        key, text = errors[0]["msg"].removeprefix("Value error, ").split(": ", 1)
+    if errors[0]["type"] == "mistake":
+        key, text = errors[0]["msg"].split(": ", 1)
         return f"{place_of(key, given)}: {text}"
     location = [str(part) for part in errors[0]["loc"]]
     key = next(key for key in (".".join(location[:2]), location[0]) if key in known)
@@ -479,11 +481,9 @@ def words(kind: Any) -> str:
         return WORDS[kind]
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, arguments))}"
-    if get_origin(kind) in (list, Iterable):
+    if get_origin(kind) is list:
         return f"a list of {words(arguments[0])}"
-    if get_origin(kind) in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(words, arguments)))
-    return f"a {getattr(kind, '__name__', kind)}'s class_path and init_args"
+    return " or ".join(dict.fromkeys(map(words, arguments)))
 
 
 def place_of(key: str, given: Places) -> str:

@@ -1,4 +1,4 @@
-"""How sure a figure is: the bootstrap over documents that evaluate and `python -m tools.compare` share."""
+"""Perplexity, and how sure a figure is: the bootstrap over documents that evaluate and tools.compare share."""
 
 import math
 from functools import cache, lru_cache
@@ -7,6 +7,12 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 10_000
+MAX_LOG = 700.0  # of what exp() can take
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token, kept finite."""
+    return math.exp(min(loss, MAX_LOG))
 
 
 @cache

@@ -19,7 +19,7 @@ from stages.common.errors import UserError
 from stages.common.paths import BLOCKS
 from stages.common.settings import Evaluate
 from stages.model import gpt2
-from stages.model.intervals import interval
+from stages.model.intervals import MAX_LOG, interval, perplexity
 from stages.text.leakage import LONG_WORD_BYTES
 from stages.text.streams import Split
 
@@ -29,7 +29,6 @@ import torch
 from transformers import GPT2LMHeadModel
 
 DOCUMENT_ROWS = 1000
-MAX_LOG = 700.0  # of what exp() can take
 
 
 def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tuple[dict, dict, dict]:
@@ -66,11 +65,6 @@ def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tupl
     details |= {"text": split.text, "stride": stride, "tokenizer": split.tokenizer}
     details["changed_documents"] = split.changed_documents
     return figures, details, {"documents": documents, "loss_by_position": by_position}
-
-
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats a token, kept finite."""
-    return math.exp(min(loss, MAX_LOG))
 
 
 def checked_stride(model: GPT2LMHeadModel, split: Split, stride: int | None) -> int:

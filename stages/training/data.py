@@ -1,7 +1,7 @@
 """Batches of blocks, in an order that seed and epoch alone decide."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from stages.common.settings import Settings
 from stages.text.streams import Split
@@ -15,19 +15,51 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
+def step_tokens(settings: Settings) -> int:
+    """Tokens that an optimizer step learns from."""
+    return settings.optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches
+
+
+def permuted(places: np.ndarray, size: int, key: list[int]) -> np.ndarray:
+    """What stands at these places of a random order of 0 .. size - 1, without the order in memory.
+
+    A Feistel network of eight rounds over the even number of bits that `size` needs, walked until the number is
+    below `size` (Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains). A round mixes as SplitMix64 does.
+
+    Args:
+        places: int64, each in [0, size).
+        size: of the order.
+        key: whole numbers that decide the order.
+    """
+    bits = np.uint64(max(1, (max(1, size - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(bits)) - 1)
+    numbers, outside = places.astype(np.uint64), np.ones(places.shape, bool)
+    rounds = np.random.SeedSequence(key).generate_state(8, np.uint64)
+    while outside.any():
+        left, right = numbers[outside] >> bits, numbers[outside] & mask
+        for secret in rounds:
+            mixed = right + secret
+            mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ (mixed ^ mixed >> np.uint64(31)) & mask
+        numbers[outside] = left << bits | right
+        outside = numbers >= size
+    return numbers.astype(np.int64)
+
+
 class BlockDataset(Dataset):
     """Blocks of a token stream: inputs and, one further, their targets."""
 
     def __init__(self, split: Split, block_size: int):
         self.split, self.T = split, block_size
 
-    def __getitems__(self, blocks: list[int]) -> Tensor:
+    def __getitems__(self, blocks: Sequence[int]) -> Tensor:
         """(B, T + 1) int64 token ids of B blocks; the stream's last block alone may be shorter."""
         return torch.from_numpy(self.split.windows([i * self.T for i in blocks], self.T + 1))
 
 
 class ShuffledBatches(Sampler):
-    """Batches of block numbers, shuffled by seed and epoch alone: there is no state to lose.
+    """Batches of block numbers, shuffled by seed and epoch alone: there is no state to lose, and no order to keep.
 
     Each process takes its share of a batch, so what a step learns from doesn't depend on how
     many there are. An incomplete last batch of an epoch is left out.
@@ -39,12 +71,12 @@ class ShuffledBatches(Sampler):
     def __len__(self) -> int:
         return self.blocks // self.batch_size
 
-    def __iter__(self):
-        order = np.random.default_rng([self.seed, self.trainer.current_epoch]).permutation(self.blocks)
-        if self.trainer.overfit_batches:
-            order = np.arange(self.blocks)  # the same few batches in every epoch
+    def __iter__(self) -> Iterator[list[int]]:
+        key = [self.seed, self.trainer.current_epoch]
         for i in range(batches_done(self.trainer), len(self)):
-            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            batch = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+            if not self.trainer.overfit_batches:  # else the same few batches in every epoch
+                batch = permuted(batch, self.blocks, key)
             yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
 
 
@@ -84,7 +116,7 @@ class Blocks(pl.LightningDataModule):
             steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
-    def loader(self, split: Split, batches: Iterable[list[int]]) -> DataLoader:
+    def loader(self, split: Split, batches: Iterable[Sequence[int]]) -> DataLoader:
         workers = self.settings.runtime.num_workers
         return LateLoader(
             BlockDataset(split, self.T),
@@ -103,8 +135,8 @@ class Blocks(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         whole = (len(self.valid.tokens) - 1) // self.T
-        last = [[whole]] if (len(self.valid.tokens) - 1) % self.T else []
-        batches = [list(range(i, min(i + self.batch_size, whole))) for i in range(0, whole, self.batch_size)] + last
+        last = [range(whole, whole + 1)] if (len(self.valid.tokens) - 1) % self.T else []
+        batches = [range(i, min(i + self.batch_size, whole)) for i in range(0, whole, self.batch_size)] + last
         share = batches[self.trainer.global_rank :: self.trainer.world_size]
         self.valid_batches = len(share)
         # Under FSDP all must do as many passes: who has one batch less does another one, uncounted.

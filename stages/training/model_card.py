@@ -4,10 +4,11 @@ import math
 from pathlib import Path
 
 from stages.common.settings import Settings
-from stages.model.scoring import perplexity
+from stages.model.intervals import perplexity
 from stages.text.streams import Split
 from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints
+from stages.training.data import step_tokens
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -99,14 +100,13 @@ def model_card(settings: Settings, parameters: int, train: Split, valid: Split, 
     best = checkpoints.best
     pretrained = settings.model.from_pretrained
     figures = valid_figures(best, valid) if best.step is not None else {}
-    optimizer = settings.optimizer
     body = BODY.format(
         parameters=parameters,
         origin=f"`{pretrained}`, trained further" if pretrained else "Trained from random weights",
         train=train,
         train_tokens=len(train.tokens),
         steps=checkpoints.steps,
-        step_tokens=optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches,
+        step_tokens=step_tokens(settings),
         best=f"; these are the weights of step {best.step:,}, at the lowest validation loss" if figures else "",
         new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
         figures=figures_table(best, valid, settings.model.block_size),

@@ -5,8 +5,8 @@ import math
 from stages.common.errors import UserError, note
 from stages.common.settings import Optimizer, Settings
 from stages.model import gpt2
+from stages.model.intervals import perplexity
 from stages.model.optimizers import lr_factor, make_optimizer
-from stages.model.scoring import perplexity
 from stages.training import lightning_internals as internals
 
 import torch

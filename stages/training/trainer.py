@@ -35,8 +35,12 @@ def on_this_machine(settings: Settings) -> Settings:
     """The settings with what trainer.precision: auto stands for here, which is part of what the run is."""
     if settings.trainer.precision != "auto":
         return settings
-    chosen = {"precision": auto_precision(settings.trainer.accelerator)}
-    return settings.model_copy(update={"trainer": settings.trainer.model_copy(update=chosen)})
+    return with_trainer(settings, precision=auto_precision(settings.trainer.accelerator))
+
+
+def with_trainer(settings: Settings, **changes: Any) -> Settings:
+    """The settings with other ones in the trainer group."""
+    return settings.model_copy(update={"trainer": settings.trainer.model_copy(update=changes)})
 
 
 def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> pl.Trainer:

@@ -11,7 +11,7 @@ from stages.common.settings import Settings
 from stages.model import ops
 from stages.text.streams import Split
 from stages.training.checkpoints import Checkpoints, step_of
-from stages.training.data import Blocks
+from stages.training.data import Blocks, step_tokens
 from stages.training.history import History
 from stages.training.model_card import valid_figures
 from stages.training.module import LanguageModel
@@ -39,11 +39,6 @@ def plan_line(settings: Settings, parameters: int, train: Split, steps: float) -
     length = f"{steps:,} steps of {each:,}, {steps * each / tokens:.3g} epochs" if math.isfinite(steps) else "no end"
     model = f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens, {tokens / parameters:.2g} each"
     return f"{model}: {length}, {settings.trainer.precision}"
-
-
-def step_tokens(settings: Settings) -> int:
-    """Tokens that an optimizer step learns from."""
-    return settings.optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches
 
 
 def write_run_figures(trainer: pl.Trainer, parameters: int, checkpoints: Checkpoints, history: History) -> dict:

@@ -1,11 +1,13 @@
-"""What is known of a training's steps before it begins."""
+"""The order of the blocks, and what is known of a training's steps before it begins."""
 
 from types import SimpleNamespace
 
-from stages.training.data import Blocks
+from stages.training.data import Blocks, permuted
 
+import numpy as np
 import pytest
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from scipy.stats import chisquare
 from test_lightning_internals import Small, trainer_of
 
 SETTINGS = SimpleNamespace(model=SimpleNamespace(block_size=1), optimizer=SimpleNamespace(batch_size=2))
@@ -38,3 +40,29 @@ def test_planned_steps_are_those_that_are_done(arguments, callbacks, steps):
 def test_a_training_by_the_clock_has_no_known_end():
     blocks = Blocks(SimpleNamespace(tokens=range(11)), SimpleNamespace(), SETTINGS)
     assert blocks.planned_steps(trainer_of(max_epochs=-1, max_time="00:00:01:00")) == float("inf")
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 4096, 4097, 65_537])
+def test_an_order_holds_every_block_once(size):
+    assert sorted(permuted(np.arange(size), size, [1, 0])) == list(range(size))
+
+
+def test_each_place_of_an_order_is_known_by_itself():
+    """So it takes no memory: 250 million blocks' whole order would be 2 GB."""
+    order = permuted(np.arange(1000), 1000, [1, 0])
+    assert [permuted(np.array([i]), 1000, [1, 0])[0] for i in range(1000)] == order.tolist()
+    far = permuted(np.array([0, 249_999_999]), 250_000_000, [1, 0])
+    assert far.tolist() == permuted(np.array([0, 249_999_999]), 250_000_000, [1, 0]).tolist() != [0, 249_999_999]
+
+
+def test_an_order_is_another_one_with_each_seed_and_epoch():
+    orders = {tuple(permuted(np.arange(50), 50, [seed, epoch])) for seed in range(20) for epoch in range(20)}
+    assert len(orders) == 400
+
+
+@pytest.mark.parametrize("size", [2, 5, 16, 37])
+def test_every_block_stands_at_every_place_equally_often(size):
+    counts = np.zeros((size, size))
+    for epoch in range(4000):
+        counts[np.arange(size), permuted(np.arange(size), size, [1, epoch])] += 1
+    assert min(chisquare(place).pvalue for place in counts) > 1e-4
