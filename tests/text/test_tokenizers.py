@@ -178,6 +178,17 @@ def test_lossy_can_be_refused(template, tmp_path):
     assert (tmp_path / "data/blocks/train.json").read_bytes() == before
 
 
+def test_the_document_that_is_changed_is_named(template, tmp_path):
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    folder = save(tokenizer, tmp_path / "own", eos_token="<|endoftext|>")
+    tokenized(tmp_path, "as it is\n\nso be it\n\nthe Lord\n\nthe Law\n", folder, template=template)
+    files = [f"--data.{split}_file={split}.txt" for split in ("train", "valid", "test")]
+    assert run_stage(tmp_path, "prepare_corpus", *files, "--data.document", "blank_line")[0] == 0
+    status, _, err = run_stage(tmp_path, "tokenize_blocks", "--tokenizer.lossy", "refuse")
+    assert status == 1 and "train.arrow: document 3: the tokenizer gives back 'lord" in err
+
+
 @pytest.mark.parametrize("cls, unk_id", [("BertGenerationTokenizer", 1), ("T5Tokenizer", 0)])
 def test_sentencepiece_model(template, tmp_path, cls, unk_id):
     """Without tokenizer.json the ids are those of the SentencePiece library itself."""
@@ -268,6 +279,11 @@ def test_nfkc_and_special_tokens(template, tmp_path, algorithm):
     assert len(made) == 259 if algorithm == "byte" else 259 < len(made) <= 290
     special = made.convert_tokens_to_ids(["<|endoftext|>", "<cls>", "<sep>"])
     assert len(made("<cls><sep>", add_special_tokens=False).input_ids) == 2
+    assert made.decode(made("in<cls> peace<|endoftext|><sep>").input_ids, skip_special_tokens=True) == "in peace"
+    own = json.loads((tmp_path / "models/tokenizer/tokenizer.json").read_text())["added_tokens"]
+    assert [(t["content"], t["special"], t["normalized"]) for t in own] == [
+        (control, True, False) for control in ("<|endoftext|>", "<cls>", "<sep>")
+    ]
     assert np.isin(stream, special).sum() == 2  # around the document
     assert made.decode(stream[1:-1]) == text.replace("ＡＢＣ　１２３", "ABC 123")
     assert counts["bytes"] == len(text.encode()) and counts["lost_characters"] == 7 and "note: the tokenizer" in said
