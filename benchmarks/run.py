@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.contenders import matrix_flops
-from benchmarks.turns import ROOT, Contender, interleave
+from benchmarks.turns import ROOT, Contender, interleave, measured_turn
 from stages.common.devices import auto_precision
 
 import pandas as pd
@@ -288,6 +288,46 @@ def pipeline(rounds: int = 5) -> None:
         bars = [at_most("train stage / plain script", median_ratio(*times.values()), 1.25)]
         body = f"{seconds_table(times)}\n\n{table(BARS, bars)}"
         record("From start to first training step", command, body)
+
+
+def busy(shape: Shape = "default", rounds: int = 5, seconds: float = 3.0, waits: list[str] = ["as it is"]) -> None:  # noqa: B006
+    """What the train stage keeps of its rate while another process computes on each core.
+
+    Args:
+        shape: which one.
+        rounds: turns of each contender, half of them beside the others.
+        seconds: length of a turn.
+        waits: contenders: "as it is", or an environment variable as NAME=VALUE, for OpenMP's ways to wait.
+    """
+    print(f"busy, {shape}:", flush=True)
+    with project(shape) as (folder, params):
+        params["trainer"] |= TURNS | {"max_epochs": 100}
+        write_params(folder, params)
+        rows, stages = [], []
+        for wait in waits:
+            environment = dict([wait.split("=")]) if "=" in wait else {}
+            stages.append(Contender(wait, "stages.train", cwd=folder, environment=environment))
+            stages[-1].turn(0.5, 4)
+        rates = {wait: ([], []) for wait in waits}
+        for _ in range(rounds):
+            for stage in stages:
+                rates[stage.name][0].append(measured_turn(stage, seconds)[1])
+            others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+            for stage in stages:
+                turn = stage.turn(seconds)
+                rates[stage.name][1].append(turn["steps"] / turn["seconds"])
+            for other in others:
+                other.kill()
+                other.wait()
+        for stage in stages:
+            stage.end()
+        tokens = params["model"]["block_size"] * params["optimizer"]["batch_size"]
+        for wait, (quiet, beside) in rates.items():
+            tokens_s = [spread([tokens * rate for rate in some], "{:,.0f}") for some in (quiet, beside)]
+            rows.append([wait, *tokens_s, percent(ratios(beside, quiet))])
+        columns = ["contender", "quiet, tokens/s", "beside a busy process a core", "kept"]
+        command = f"python -m benchmarks.run busy --rounds {rounds} --seconds {seconds:g}"
+        record(f"On a busy machine, {shape}", command, table(columns, rows))
 
 
 def plan(shapes: list[Shape] = HERE) -> None:
@@ -663,6 +703,7 @@ if __name__ == "__main__":
             "pipeline": pipeline,
             "growth": growth,
             "plan": plan,
+            "busy": busy,
             "shakespeare": shakespeare,
         }
     )

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class Failed(Exception):
 class Contender:
     """The parent's side: a process with a terminal of its own, as a user's would have."""
 
-    def __init__(self, name: str, *arguments: str, cwd: Path):
+    def __init__(self, name: str, *arguments: str, cwd: Path, environment: Mapping[str, str] = {}):
         self.name = name
         its_read, to_it = os.pipe()
         from_it, its_write = os.pipe()
@@ -114,6 +115,7 @@ class Contender:
                 "PYTHONPATH": str(ROOT),
                 "BENCHMARK_TURNS": f"{its_read},{its_write}",
                 "HF_HUB_OFFLINE": "1",
+                **environment,
             },
             pass_fds=(its_read, its_write),
             stdin=subprocess.DEVNULL,

@@ -24,6 +24,8 @@ function draw(id, spec) {
     { actions: false, renderer: "svg", tooltip: { theme: dark ? "dark" : "light" } });
 }
 
+const severalLetters = (rows) => new Set(rows.map((row) => row.letter)).size > 1; // with one, all ppl can be compared
+
 function points(figure) {
   return [...runs].reverse().map((run) => ({ ...run.figures, run: run.axis, name: label(run), when: run.when, kind: { here: "commit", elsewhere: "other branch" }[run.place] || run.place, value: run.figures[figure], segment: run.segment[figure === "test_ppl" ? "ppl" : "bits"], letter: run.letter }))
     .filter((row) => row.value !== null);
@@ -47,7 +49,7 @@ function history(id, figure, title, digits, scale) {
           x, y,
           color: { field: "kind", scale: { domain: kinds, range: kinds.map((kind) => colours[kind]) }, legend: kinds.length > 1 ? { title: null, orient: "top" } : null },
           shape: { field: "kind", scale: { domain: kinds, range: kinds.map((kind) => shapes[kind]) } },
-          tooltip: [{ field: "name", title: "run" }, { field: "when" }, { field: "value", title, format: `,.${digits}f` }, { field: "letter" }],
+          tooltip: [{ field: "name", title: "run" }, { field: "when" }, { field: "value", title, format: `,.${digits}f` }, ...(severalLetters(values) ? [{ field: "letter" }] : [])],
         },
       },
     ],
@@ -64,8 +66,8 @@ function showCost() {
     data: { values },
     mark: { type: "point", filled: true, size: 60, opacity: 1 },
     encoding: {
-      x, y: { field: "value", type: "quantitative", scale: { zero: false }, axis: { title: "test bits per byte", tickCount: 5 } },
-      color: { field: "letter", type: "nominal", legend: { title: "letter" } },
+      x, y: { field: "value", type: "quantitative", scale: { zero: false, padding: 12 }, axis: { title: "test bits per byte", tickCount: 5 } },
+      color: { field: "letter", type: "nominal", legend: severalLetters(values) ? { title: "ppl compares by letter", titleLimit: 300, orient: "top" } : null },
       tooltip: [{ field: "name", title: "run" }, { field: "value", title: "bits per byte", format: ".3f" }, { field: axis.value, format: ".3~s" }],
     },
   });
@@ -126,7 +128,7 @@ function showFigures(chosen) {
     const values = chosen.map((run) => run.figures[key] ?? null).map((value) => (key === "leakage" && value !== null ? 100 * value : value));
     if (values.some((value) => value !== null)) add(name, values.map((value) => make("td", fixed(value, digits))));
   }
-  add("Letter", chosen.map((run) => make("td", run.letter)));
+  if (severalLetters(chosen)) add("Letter", chosen.map((run) => make("td", run.letter)));
   for (const key of [...new Set(chosen.flatMap((run) => Object.keys(run.params)))].sort()) {
     const values = chosen.map((run) => run.params[key] ?? "–");
     if (new Set(values).size > 1) add(key, values.map((value) => make("td", value, "name")));
