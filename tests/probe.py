@@ -92,3 +92,8 @@ class Lines(Logger):
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def blocks(batch) -> int:
+    """For ThroughputMonitor."""
+    return len(batch)
