@@ -437,9 +437,10 @@ def check_classes(trainer: Trainer, given: Places) -> None:
 
 
 def first_reason(message: str) -> str:
-    """What jsonargparse says about the first type of several that a value might have."""
-    reason = re.search(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
-    return " ".join((reason[1] if reason else message).split())
+    """What jsonargparse says about the first type of several that a value might have, of those that say why."""
+    reasons = re.findall(r"^ +- (.+?)(?=^ +- |^ *Given |\Z)", message, re.S | re.M)
+    telling = [reason for reason in reasons if not reason.startswith(("Not a valid subclass of ", "Expected a ", "a "))]
+    return " ".join((telling or reasons or [message])[0].split())
 
 
 def explain(error: ValidationError, given: Places, known: dict) -> str:

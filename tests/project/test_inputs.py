@@ -567,6 +567,10 @@ TRAINER = {
         [callback("Nope")],
         r"trainer\.callbacks: got .*Expected a dot import path string: Nope",
     ),
+    "logger that isn't installed, beside one that is": (
+        ["trainer.logger=[{class_path: CSVLogger, init_args: {save_dir: logs}}, {class_path: MLFlowLogger}]"],
+        r"trainer: .*MLFlowLogger.*Requirement 'mlflow",
+    ),
     "callback that is none": (
         [callback("os.system")],
         r"trainer\.callbacks: got .*os\.system does not correspond to a subclass of Callback",
