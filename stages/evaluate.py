@@ -3,6 +3,8 @@
 details.json holds counts, intervals and what was scored, documents.csv the loss of each document,
 from which `python -m tools.compare` says whether a model got better.
 
+torchrun or srun may start it several times: the processes share the windows, and the first one writes.
+
 With --model DIR_OR_CKPT it measures any GPT-2 folder or training checkpoint instead, on
 the text that the settings name, and prints the figures without writing a file. The definitions of the
 figures stand in stages/model/scoring.py.
@@ -18,7 +20,8 @@ from stages.common.devices import device_of
 from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import write_json, write_text
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
-from stages.common.settings import Group, about, load
+from stages.common.processes import launched, together
+from stages.common.settings import Group, Settings, about, load
 from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
@@ -43,14 +46,24 @@ class Options(Group):
 
 def main() -> None:
     settings = load("stages.evaluate", __doc__, Options)
+    with together("this evaluation"):
+        evaluate(settings)
+
+
+def evaluate(settings: Settings) -> None:
+    """What main does, in each of the processes that do it together."""
     ops.reuse_memory()
+    rank, local_rank, _ = launched()
     device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
+    if device.type == "cuda":
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())  # srun may show each process its own GPU alone
     if settings.options.model is not None:
         model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
         model.to(device)
         with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
             scores = {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
-        print(json.dumps({name: figures | details for name, (figures, details, _) in scores.items()}, indent=2))
+        if rank == 0:
+            print(json.dumps({name: figures | details for name, (figures, details, _) in scores.items()}, indent=2))
         return
 
     model = load_model(MODEL).to(device)
@@ -63,6 +76,8 @@ def main() -> None:
         split = load_split(name)
         figures[name], details[name], tables[name] = figures_of(model, split, settings.evaluate)
         details[name]["unigram_ppl"] = unigram_ppl(train, split)
+    if rank:
+        return
     documents = pd.concat([table["documents"].assign(set=name) for name, table in tables.items()])
     samples = [
         continuation(model, tokenizer, prompt, settings.generate, settings.generate.seed)

@@ -14,6 +14,7 @@ from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
 from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
+from stages.common.processes import join
 from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
@@ -113,6 +114,7 @@ def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str)
 
 def fit(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, checkpoints: Checkpoints, history: History) -> None:
     """Trains to the end, from the run's newest checkpoint where there is one."""
+    join(trainer.strategy.root_device)
     checkpoints.lock = training_lock() if trainer.is_global_zero else None
     resume = checkpoints.newest(trainer)
     trainer.loggers = [*make_loggers(module, checkpoints.identity, resume), *trainer.loggers]  # and the users'

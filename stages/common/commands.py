@@ -19,6 +19,7 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(f"{' '.join(message.split())}: see {self.prog} --help")
 
 
-def progress_bar(total: int, what: str, unit: str = "B") -> tqdm:
+def progress_bar(total: int, what: str, unit: str = "B", shown: bool = True) -> tqdm:
     """A bar on a terminal, and nothing elsewhere."""
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=1, disable=None)
+    disable = None if shown else True
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, mininterval=1, disable=disable)

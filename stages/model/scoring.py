@@ -12,7 +12,9 @@ Every token but the first is predicted once, in the first window that reaches it
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 
+from stages.common import processes
 from stages.common.commands import progress_bar
 from stages.common.devices import autocast
 from stages.common.errors import UserError
@@ -115,7 +117,8 @@ def token_losses(
     """Negative log-likelihood of every token but the first, in order, a batch of windows at a time.
 
     Window k holds the inputs [k * stride, k * stride + T) and predicts the token after each. The model
-    computes on the device where it is; precision None is that of its training.
+    computes on the device where it is; precision None is that of its training. Several processes take
+    the batches in turns, and each yields those of all: batches and order are those of one process.
 
     Yields:
         first: index in the stream of the first token scored.
@@ -130,21 +133,27 @@ def token_losses(
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.
     full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
-    with progress_bar(N - 1, f"scoring {split.name}", "tokens") as bar:
-        for windows in [*starts, [full]]:
-            length = min(T, N - 1 - windows[-1] * stride)
-            batch = torch.from_numpy(split.windows([k * stride for k in windows], length + 1)).to(model.device)
-            with autocast(model.device, precision):
-                nll = gpt2.token_losses(model, batch).cpu().numpy()
-            if not np.isfinite(nll).all():
-                raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
-            # All but the first window score only what the one before did not reach.
-            news = [0 if k == 0 else T - stride for k in windows]
-            first = windows[0] * stride + news[0] + 1
-            positions = np.concatenate([np.arange(new, length) for new in news])
-            nll = np.concatenate([row[new:] for row, new in zip(nll, news)])
-            bar.update(len(nll))
-            yield first, positions, nll
+    batches = iter([*starts, [full]])
+
+    def losses(windows: list[int]) -> np.ndarray:
+        length = min(T, N - 1 - windows[-1] * stride)
+        batch = torch.from_numpy(split.windows([k * stride for k in windows], length + 1)).to(model.device)
+        with autocast(model.device, precision):
+            return gpt2.token_losses(model, batch).cpu().numpy()
+
+    rank, _, size = processes.launched()
+    with progress_bar(N - 1, f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
+        while turn := list(islice(batches, size)):
+            for windows, nll in zip(turn, processes.gather(losses(turn[rank]) if rank < len(turn) else None)):
+                if not np.isfinite(nll).all():
+                    raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
+                # All but the first window score only what the one before did not reach.
+                news = [0 if k == 0 else T - stride for k in windows]
+                first = windows[0] * stride + news[0] + 1
+                positions = np.concatenate([np.arange(new, nll.shape[1]) for new in news])
+                nll = np.concatenate([row[new:] for row, new in zip(nll, news)])
+                bar.update(len(nll))
+                yield first, positions, nll
 
 
 def unigram_ppl(train: Split, split: Split) -> float:

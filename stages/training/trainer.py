@@ -128,6 +128,7 @@ def quiet_libraries() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for asked in ("callbacks", "profilers"):  # what a user has asked for says what it has to say
         logging.getLogger(f"pytorch_lightning.{asked}").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message="The `srun` command is available.*")  # one process needs no launcher
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*log_every_n_steps.*")
