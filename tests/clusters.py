@@ -17,7 +17,8 @@ from pathlib import Path
 
 from conftest import ROOT, digests, run, set_params, small_project
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/training")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests/training"))
 from test_scale import same_training
 
 HOSTS = {"node1": "10.9.0.1", "node2": "10.9.0.2"}

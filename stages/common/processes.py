@@ -66,15 +66,20 @@ def together(what: str) -> Iterator[None]:
     Args:
         what: they do, for that line.
     Raises:
-        UserError: another process has ended, or the launcher stops this one.
+        UserError: another process has ended.
+        SystemExit: the launcher stops them.
     """
-    rank, _, size = launched()
+    rank, local_rank, size = launched()
     if size == 1:
         yield
         return
 
     def stopped(number: int, frame: Any) -> None:
-        raise UserError(f"{what}: stopped by SIGTERM: one of its {size} processes has ended, or all were asked to")
+        signal.signal(number, signal.SIG_IGN)
+        if local_rank == 0:
+            why = f"one of its {size} processes has ended, or the job's time is up"
+            print(f"{what} was stopped by SIGTERM: {why}", file=sys.stderr)
+        sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, stopped)
     try:
@@ -83,9 +88,9 @@ def together(what: str) -> Iterator[None]:
     except (RuntimeError, UserError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
         # Gloo says it in a plain RuntimeError.
-        if isinstance(error, UserError) or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
             raise
         if rank:
             sys.exit(1)
-        raise UserError(f"{what}: one of its {size} processes has ended, or can't be reached") from None
+        raise UserError(f"one of the {size} processes of {what} has ended, or can't be reached") from None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,103 @@
+"""torchrun and srun start a stage several times: the same figures, one writer, one line where one fails. CPU, gloo.
+
+tests/clusters.py does the same on two hosts, with a real SLURM.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, digests, run_stage, set_params
+
+FIGURES = [f"metrics/{name}" for name in ("eval.json", "details.json", "documents.csv", "loss_by_position.csv")]
+
+# Python runs it at the start of each process: it gets a signal as it opens the test split, after all have joined.
+SIGNAL = """
+import os, sys
+number = os.environ.get("SIGNAL_" + os.environ.get("SLURM_PROCID", ""))
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("test.npy"):
+        os.kill(os.getpid(), int(number))
+if number:
+    sys.addaudithook(watch)
+"""
+
+
+def start(*command: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "tests"), **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+
+
+def torchrun(*words: str, cwd: Path, **environment: str) -> subprocess.Popen:
+    return start("torchrun", "--standalone", *words, cwd=cwd, **environment)
+
+
+def srun(project: Path, *words: str, **environment: str) -> list[subprocess.Popen]:
+    """Two processes with what srun tells each of them; the port is below those that the system gives to anyone."""
+    job = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 9_000)}
+    return [
+        start(sys.executable, *words, cwd=project, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **job, **environment)
+        for i in range(2)
+    ]
+
+
+def test_figures_keep_their_bytes_on_any_number_of_processes(project, tmp_path):
+    """With a batch size at which neither two nor three processes have equally many batches."""
+    set_params(project, "evaluate.batch_size=7", "evaluate.stride=5")
+    two, three = (shutil.copytree(project, tmp_path / name) for name in ("two", "three"))
+    processes = [
+        *srun(two, "-m", "stages.evaluate"),
+        torchrun("--nproc-per-node=3", "-m", "stages.evaluate", cwd=three),
+    ]
+    status, _, err = run_stage(project, "evaluate")
+    assert status == 0, err
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    for folder in (two, three):
+        assert digests(folder, "metrics") == digests(project, "metrics")
+    assert outputs[1] == "" and outputs[0] == outputs[2] and outputs[0].count("figures: metrics/eval.json") == 1
+
+
+@pytest.mark.parametrize(
+    "signals, status, line",
+    [
+        ({"SIGNAL_1": "9"}, 1, "error: one of the 2 processes of this evaluation has ended, or can't be reached"),
+        ({"SIGNAL_0": "15", "SIGNAL_1": "15"}, 143, "this evaluation was stopped by SIGTERM: one of its 2 processes"),
+    ],
+)
+def test_one_process_that_fails_ends_all_with_one_line(project, tmp_path, signals, status, line):
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL)
+    before = digests(project, "metrics")
+    processes = srun(project, "-m", "stages.evaluate", PYTHONPATH=str(tmp_path), **signals)
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert outputs[0].startswith(line) and outputs[0].count("\n") == 1 and outputs[1] == "", outputs
+    assert processes[0].returncode == status and processes[1].returncode != 0
+    assert digests(project, "metrics") == before
+
+
+def test_a_batch_script_is_one_process(project, monkeypatch):
+    """It has the variables of the whole job, but nothing has started it several times."""
+    for name, value in (("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "1")):
+        monkeypatch.setenv(name, value)
+    before = digests(project, *FIGURES)
+    status, _, err = run_stage(project, "evaluate")
+    assert status == 0, err
+    assert digests(project, *FIGURES) == before
+
+
+def test_torchrun_starts_a_training_again(project):
+    """The first process is killed, and all go on from the checkpoint before it."""
+    set_params(
+        project,
+        *("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_steps=8"),
+        *("trainer.callbacks=[{class_path: probe.Die}]", "runtime.checkpoint_every_n_steps=2"),
+    )
+    process = torchrun("--nproc-per-node=2", "--max-restarts=1", "-m", "stages.train", cwd=project, DIE="0")
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert output.count("going on from") == 1 and "best step        8 of 8" in output, output
