@@ -23,6 +23,7 @@ from test_scale import same_training
 
 HOSTS = {"node1": "10.9.0.1", "node2": "10.9.0.2"}
 FIGURES = ("eval.json", "details.json", "documents.csv", "loss_by_position.csv", "samples.md")
+STATES = ("sinfo", "--noheader", "--format=%T %D")
 SLURM = """
 ClusterName=two
 SlurmctldHost=node1
@@ -153,8 +154,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         (folder / host).mkdir()
         daemons.append(on(host, "slurmd", "-D", cwd=folder, **found))
     try:
-        states = ["sinfo", "--noheader", "--format=%T %D"]
-        wait_for(lambda: "idle 2" in printed(on("node1", *states, cwd=folder, **found)), 60)
+        wait_for(lambda: "idle 2" in printed(on("node1", *STATES, cwd=folder, **found)), 60)
         yield found
     finally:
         for daemon in reversed(daemons):
@@ -175,6 +175,7 @@ def slurm_goes_on(project: Path, alone: Path, found: dict[str, str]) -> None:
     command("scancel", "--signal=TERM", job)  # what --signal does before the time is up
     wait_for(lambda: "Restarts=1" in command("scontrol", "show", "job", job))
     show("scontrol show job, after the signal", command("scontrol", "show", "job", job))
+    wait_for(lambda: "idle 2" in command(*STATES))  # the script of the first start has ended too
     command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM lets two minutes pass
     wait_for(lambda: "JobState=COMPLETED" in command("scontrol", "show", "job", job))
     output = (project / f"slurm-{job}.out").read_text()

@@ -7,9 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+
+from stages.common import processes
+from stages.model import scoring
+from stages.model.gpt2 import load_model
+from stages.text.streams import load_split
 
 import pytest
+import torch
 from conftest import ROOT, digests, run_stage, set_params
 
 FIGURES = [f"metrics/{name}" for name in ("eval.json", "details.json", "documents.csv", "loss_by_position.csv")]
@@ -61,6 +70,34 @@ def test_figures_keep_their_bytes_on_any_number_of_processes(project, tmp_path):
     for folder in (two, three):
         assert digests(folder, "metrics") == digests(project, "metrics")
     assert outputs[1] == "" and outputs[0] == outputs[2] and outputs[0].count("figures: metrics/eval.json") == 1
+
+
+def test_sums_are_taken_in_the_order_of_one_process(built, monkeypatch):
+    """Of losses from 2**-30 to 2**30 another order, or other batches, give another sum. Threads are the processes."""
+    model, split = load_model(built / "models/gpt2"), load_split("test", built / "data/blocks")
+    here, barrier = threading.local(), None
+
+    def gather(mine):
+        seen[here.rank] = mine
+        barrier.wait(60)
+        everyones = list(seen)
+        barrier.wait(60)
+        return everyones
+
+    def sums(rank: int, batch_size: int = 7) -> list:
+        here.rank = rank
+        settings = SimpleNamespace(batch_size=batch_size, precision="32-true")
+        return [table.to_csv() for table in scoring.losses_of(model, split, 5, settings)]
+
+    monkeypatch.setattr(scoring.gpt2, "token_losses", lambda _, batch: torch.exp2(batch[:, 1:] * 7919 % 61 - 30.0))
+    alone = sums(0)
+    assert alone != sums(0, batch_size=6)
+    monkeypatch.setattr(processes, "gather", gather)
+    for size in (2, 3):
+        seen, barrier = [None] * size, threading.Barrier(size)
+        monkeypatch.setattr(processes, "launched", lambda size=size: (here.rank, here.rank, size))
+        with ThreadPoolExecutor(size) as pool:
+            assert list(pool.map(sums, range(size))) == [alone] * size
 
 
 @pytest.mark.parametrize(
