@@ -69,14 +69,6 @@ class Epochs(Callback):
             parameter.grad.mul_(self.scale)
 
 
-class Stop(Callback):
-    """Sends this process SIGTERM after the step that the environment names in STOP_AT, if it does."""
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 class Die(Callback):
     """Kills the process of the rank that the environment names in DIE, in the middle of its first start."""
 
@@ -84,6 +76,14 @@ class Die(Callback):
         first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
         if first and trainer.global_step == 5 and str(trainer.global_rank) == os.environ.get("DIE"):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stop(Callback):
+    """Sends this process SIGTERM after the step that the environment names in STOP_AT, if it does."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Lines(Logger):
