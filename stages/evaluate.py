@@ -28,7 +28,7 @@ from stages.model.sampling import continuation
 from stages.model.scoring import figures_of, unigram_ppl
 from stages.text.splits import sources_of
 from stages.text.streams import fresh_blocks, load_split
-from stages.text.tokenizers import load_tokenizer
+from stages.text.tokenizers import TextTokenizer, load_tokenizer
 
 import pandas as pd
 import torch
@@ -58,10 +58,7 @@ def evaluate(settings: Settings) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())  # srun may show each process its own GPU alone
     if settings.options.model is not None:
-        model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
-        model.to(device)
-        with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
-            scores = {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
+        scores = scores_of_another(settings, device)
         if rank == 0:
             print(json.dumps({name: figures | details for name, (figures, details, _) in scores.items()}, indent=2))
         return
@@ -76,8 +73,22 @@ def evaluate(settings: Settings) -> None:
         split = load_split(name)
         figures[name], details[name], tables[name] = figures_of(model, split, settings.evaluate)
         details[name]["unigram_ppl"] = unigram_ppl(train, split)
-    if rank:
-        return
+    if rank == 0:
+        write(settings, model, tokenizer, figures, details, tables)
+
+
+def scores_of_another(settings: Settings, device: torch.device) -> dict[str, tuple[dict, dict, dict]]:
+    """What `figures_of` says of the model that --model names, for each text that the settings name."""
+    model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
+    model.to(device)
+    with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
+        return {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
+
+
+def write(
+    settings: Settings, model: GPT2LMHeadModel, tokenizer: TextTokenizer, figures: dict, details: dict, tables: dict
+) -> None:
+    """Writes the figures of each set, and samples of the model, and prints the figures."""
     documents = pd.concat([table["documents"].assign(set=name) for name, table in tables.items()])
     samples = [
         continuation(model, tokenizer, prompt, settings.generate, settings.generate.seed)

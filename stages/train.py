@@ -14,7 +14,7 @@ from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
 from stages.common.files import new_folder
 from stages.common.paths import METRICS, MODEL, TOKENIZER
-from stages.common.processes import join
+from stages.common.processes import join, lost_another
 from stages.common.settings import Settings, load
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
@@ -31,7 +31,6 @@ from stages.watch.progress import Live, make_loggers
 from stages.watch.summary import print_start, print_summary, write_run_figures
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 from transformers import GPT2LMHeadModel
 
@@ -139,8 +138,7 @@ def stopped_in_one_line(trainer: pl.Trainer) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error, 1000)}") from None
     except RuntimeError as error:
-        # Gloo says it in a plain RuntimeError; a process that waits in NCCL is ended by its launcher.
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        if not lost_another(error):  # one that waits in NCCL is ended by its launcher
             raise
         if trainer.global_rank:
             sys.exit(1)

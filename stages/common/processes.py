@@ -59,6 +59,11 @@ def gather(mine: Any) -> list[Any]:
     return everyones
 
 
+def lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process can't be reached: gloo says it in a plain RuntimeError."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
 @contextmanager
 def together(what: str) -> Iterator[None]:
     """The launched processes as one group, on CPUs; where one fails, all end, and the first says it.
@@ -87,8 +92,7 @@ def together(what: str) -> Iterator[None]:
         yield
     except (RuntimeError, UserError) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one line is enough
-        # Gloo says it in a plain RuntimeError.
-        if not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+        if not lost_another(error):
             raise
         if rank:
             sys.exit(1)
