@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from stages.common.errors import UserError, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
-from stages.model.optimizers import cooldown_start
+from stages.model.optimizers import cooldown_start, here
 from stages.training import lightning_internals as internals
 from stages.training.best import BestWeights
 from stages.training.history import History
@@ -258,7 +258,7 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Saves a resume checkpoint, and deletes those that it makes superfluous."""
-        finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
+        finite = all(here(weight).isfinite().all() for weight in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
         step = trainer.global_step
