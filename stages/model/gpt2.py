@@ -220,7 +220,7 @@ def layer(block: GPT2Block, x: Tensor, cache: Cache | None = None, i: int = 0) -
 class Layer(GPT2Block):
     """A block that is called as a module, so that hooks on it run."""
 
-    forward = layer
+    forward: Any = layer
 
 
 def call_blocks(model: GPT2LMHeadModel) -> None:

@@ -159,7 +159,9 @@ class SharedWork:
         if self.processes == 1:
             return [updates[i] for i in range(len(self.shapes))]
         mine, result = self.owned[self.rank], list(squares)
-        sizes = [[self.elements(i, self.rank) for i in each] + [squares[i].numel() for i in each] for each in self.owned]
+        sizes = [
+            [self.elements(i, self.rank) for i in each] + [squares[i].numel() for i in each] for each in self.owned
+        ]
 
         def to(process: int) -> Tensor:
             parts = [updates[i][self.rows(i, process)] for i in mine]
@@ -185,10 +187,10 @@ class SharedWork:
 
     def exchange(self, sent: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
         """What each process has sent to this one, of as many elements in all; the messages go to each process."""
-        sizes = [sum(each) for each in sizes]
-        received = torch.empty(sum(sizes), dtype=sent[0].dtype, device=self.device)
-        dist.all_to_all_single(received, torch.cat(sent), sizes, [len(message) for message in sent])
-        return list(received.split(sizes))
+        lengths = [sum(each) for each in sizes]
+        received = torch.empty(sum(lengths), dtype=sent[0].dtype, device=self.device)
+        dist.all_to_all_single(received, torch.cat(sent), lengths, [len(message) for message in sent])
+        return list(received.split(lengths))
 
 
 def here(tensor: Tensor) -> Tensor:

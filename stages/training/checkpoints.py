@@ -29,10 +29,12 @@ from stages.training.history import History
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+SAID = "GPT2_RESUME_FROM"  # the environment variable with which the first process tells the others
 KEPT = 2  # when the newest is damaged, the one before it serves
 LONG_VALIDATION_SECONDS = 10  # clusters leave half a minute between SIGTERM and SIGKILL
 
@@ -92,6 +94,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(
                 f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
             ) from None
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return mapped(path)
+
+
+def mapped(path: str | Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay in the file until they are copied."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class Signals:
@@ -182,23 +192,39 @@ class Checkpoints(Callback):
         return own + sorted(trunk, key=step_of, reverse=True)
 
     def newest(self, trainer: Trainer) -> Path | None:
-        """The newest whole checkpoint of this very run; damaged ones are passed over."""
-        if trainer.is_global_zero:
-            for folder in filter(None, (self.folder, self.trunk)):
-                for unfinished in folder.glob(".*.tmp"):
-                    unfinished.unlink()
+        """The newest whole checkpoint of this very run. The first process looks for it, and the others take its word.
+
+        Those that a launcher started are one group by now. Lightning starts the others later, and they have its
+        environment.
+        """
+        if dist.is_initialized():
+            said = [str(self.newest_whole() or "") if trainer.is_global_zero else ""]
+            dist.broadcast_object_list(said, device=trainer.strategy.root_device)
+            path = said[0]
+        elif SAID in os.environ:
+            path = os.environ[SAID]
+        else:
+            path = str(self.newest_whole() or "")
+            if trainer.world_size > 1:
+                os.environ[SAID] = path
+        return Path(path) if path else None
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint of this run whose bytes are those that were written; damaged ones are passed over."""
+        for folder in filter(None, (self.folder, self.trunk)):
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink()
         for path in self.resumable():
             identity = self.trunk_identity if path.parent == self.trunk else self.identity
             try:
                 with zipfile.ZipFile(path) as archive:
                     if damaged := archive.testzip():
                         raise ValueError(f"{damaged} doesn't match its checksum")
-                if torch.load(path, map_location="cpu", weights_only=True)["identity"] != identity:
+                if mapped(path)["identity"] != identity:
                     raise ValueError("it belongs to another run")
                 return path
             except Exception as error:  # a damaged file can fail in any way
-                if trainer.is_global_zero:
-                    note(f"{path} is passed over: {one_line(error)}")
+                note(f"{path} is passed over: {one_line(error)}")
         return None
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -206,6 +232,10 @@ class Checkpoints(Callback):
         shared = trainer.global_step <= self.cooldown and not self.ended
         checkpoint |= {"identity": self.trunk_identity if shared else self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not trainer.is_global_zero:  # which alone keeps them
+            checkpoint["callbacks"][self.best.state_key]["weights"] = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -234,6 +264,7 @@ class Checkpoints(Callback):
         internals.repeat_epoch_start(trainer)
         if self.random is not None:
             set_random_state(self.random)
+            copy_from_file(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
@@ -300,9 +331,16 @@ class Checkpoints(Callback):
 
     def load_final(self, history: History) -> None:
         """The state at the end of a run that DVC has not recorded."""
-        checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
+        checkpoint = mapped(self.final)
         for callback in (self, self.best, history):
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+
+def copy_from_file(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Replaces what they hold of a mapped checkpoint, which would stay on the disk after it is deleted."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)})
 
 
 def step_of(path: Path) -> int:

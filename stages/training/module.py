@@ -37,6 +37,9 @@ class LanguageModel(internals.QuickAttributes):
         super().__init__()
         self.model = model
         self.settings = settings
+        if settings.model.gradient_checkpointing:
+            gpt2.call_blocks(model)
+            model.activation_checkpointing_enable()
         self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
         self.nll = self.predicted = 0.0
 

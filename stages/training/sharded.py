@@ -37,11 +37,12 @@ class ShardedModel(LanguageModel):
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's for FSDP2, whose checkpoints are those of one process: others can go on from them."""
 
-    # Lightning's own have the optimizer's state under other numbers than one process's have.
-    lightning_restore_optimizer = True
-
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True  # Lightning's own way has the optimizer's state under other numbers than one process has it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return self.gathered(self.lightning_module.state_dict(keep_vars=True))
@@ -85,4 +86,4 @@ def part(value: Any, like: Tensor) -> Any:
     """What this process holds of what has the shape of a weight; each process cuts it out itself."""
     if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -116,6 +116,9 @@ def check_processes(trainer: pl.Trainer, settings: Settings) -> None:
         raise UserError(
             f"trainer.strategy: {type(strategy).__name__} of this kind can't be used: set auto, ddp or fsdp"
         )
+    averages = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.WeightAveraging)]
+    if averages and isinstance(strategy, ShardedStrategy):
+        raise UserError(f"trainer.callbacks: {type(averages[0]).__name__} needs whole weights: set strategy ddp")
     internals.keep_buckets(strategy)
 
 

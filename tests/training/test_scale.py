@@ -22,7 +22,7 @@ from conftest import ROOT, run, set_params
 
 TESTS = ROOT / "tests"
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
-FSDP = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy={class_path: cpu_fsdp.CPUFSDP}")
+FSDP = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=fsdp")
 
 # Python runs it at the start of every process: it notes what any but the first one writes in the project.
 WATCH = """
@@ -127,24 +127,41 @@ def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
     same_training(project, alone)
 
 
-def test_three_processes_go_on_with_the_same_bytes(project, tmp_path):
+@pytest.mark.parametrize("strategy, precision", [("ddp", "32-true"), ("fsdp", "bf16-true")])
+def test_a_resume_has_the_same_bytes_and_shares_the_work(project, tmp_path, strategy, precision):
     """Of three numbers the order of a sum matters, and DDP would change it after a process's first step."""
     set_params(
         project,
-        *("trainer.accelerator=cpu", "trainer.devices=3", "trainer.strategy=ddp", "optimizer.batch_size=6"),
-        *("trainer.max_steps=12", "trainer.callbacks=[{class_path: probe.Stop}]"),
+        *("trainer.accelerator=cpu", "trainer.devices=3", f"trainer.strategy={strategy}"),
+        *("optimizer.batch_size=6", "optimizer.name=muon", f"trainer.precision={precision}"),
+        *("trainer.max_steps=8", "trainer.accumulate_grad_batches=2"),
+        "trainer.callbacks=[{class_path: probe.Stop}, {class_path: probe.Shares, init_args: {folder: shares}}]",
     )
     command = (sys.executable, "-m", "stages.train")
     whole = shutil.copytree(project, tmp_path / "whole")
-    processes = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="5")]
-    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in processes]
-    assert processes[0].returncode == 0, output
-    assert "stopped by SIGTERM at step 5" in stopped, stopped
+    runs = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="3")]
+    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in runs]
+    assert runs[0].returncode == 0, output
+    assert "stopped by SIGTERM at step 3" in stopped, stopped
     process = start(*command, cwd=project)
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0 and "going on from" in output, output
     for name in ("models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"):
         assert (project / name).read_bytes() == (whole / name).read_bytes(), name
+
+    shares = [json.loads(file.read_text()) for file in sorted(whole.glob("shares/*.json"))]
+    # Two layers of four matrices, eight steps: each is one process's work, and all have some.
+    assert len(shares) == 3 and sum(share["matrices"] for share in shares) == 8 * 8
+    assert all(share["matrices"] for share in shares)
+    if strategy == "fsdp":
+        for share in shares:
+            # Gradients pass between processes at the last batch of a step alone, one message for each block and
+            # one for the rest, in float32; while a block computes, the others are in parts.
+            assert share["reduced"] == [[], ["torch.float32"] * 3] * 8
+            assert set(share["whole"]) == {1}
+        parameters = json.loads((whole / "metrics/run.json").read_text())["parameters"]
+        assert sum(share["held"] for share in shares) == parameters
+        assert max(share["held"] for share in shares) < 1.2 * parameters / 3
 
 
 def test_two_nodes_stop_together_and_go_on(project, alone):
@@ -173,17 +190,14 @@ def test_two_nodes_stop_together_and_go_on(project, alone):
     assert "Stage 'train' didn't change" in run("dvc", "repro", "train", cwd=project).stdout
 
 
-def test_fsdp_stops_goes_on_and_exports_the_same_model(project, alone):
-    set_params(project, *FSDP, "runtime.checkpoint_every_n_steps=20")
-    process = start(sys.executable, "-m", "stages.train", cwd=project)
-    wait_for_checkpoint(project, process)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output, output
-
-    process = start(sys.executable, "-m", "stages.train", cwd=project)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on from" in output, output
+def test_fsdp_is_one_training_and_other_processes_go_on_with_it(project, alone):
+    """By one process until SIGTERM, then by two under FSDP until SIGTERM, then by two under DDP."""
+    for settings, stop_at in ((("trainer.devices=1",), "100"), (FSDP, "200"), (TWO, "")):
+        set_params(project, *settings, "trainer.accelerator=cpu", "trainer.callbacks=[{class_path: probe.Stop}]")
+        process = start(sys.executable, "-m", "stages.train", cwd=project, STOP_AT=stop_at)
+        output, _ = process.communicate(timeout=200)
+        assert f"stopped by SIGTERM at step {stop_at}" in output if stop_at else process.returncode == 0, output
+    assert "going on from" in output
     same_training(project, alone)
     for name in ("config.json", "tokenizer.json"):
         assert (project / "models/gpt2" / name).read_bytes() == (alone / "models/gpt2" / name).read_bytes()
@@ -194,8 +208,8 @@ def test_fsdp_stops_goes_on_and_exports_the_same_model(project, alone):
     [
         ([*TWO, "optimizer.batch_size=3"], "optimizer.batch_size: 3 can't be shared evenly by 2 processes"),
         (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn"], "set auto, ddp or fsdp"),
-        (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=fsdp"], "fsdp` requires a GPU"),
-        ([*FSDP, "optimizer.name=muon"], "muon needs whole matrices, and fsdp splits them"),
+        ([*FSDP, "trainer.precision=16-mixed"], "does not support .*16-mixed"),
+        ([*FSDP, "trainer.callbacks=[{class_path: EMAWeightAveraging}]"], "needs whole weights"),
     ],
 )
 def test_impossible_combinations(project, monkeypatch, settings, message):
