@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,12 +31,14 @@ from stages.training.history import History
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 SAID = "GPT2_RESUME_FROM"  # the environment variable with which the first process tells the others
 KEPT = 2  # when the newest is damaged, the one before it serves
+ASIDE_BYTES = 1 << 30  # a checkpoint with so many bytes of weights is written while training goes on
 LONG_VALIDATION_SECONDS = 10  # clusters leave half a minute between SIGTERM and SIGKILL
 
 
@@ -73,30 +76,62 @@ class Interrupted(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint file is whole or not there: Lightning's own passes through another folder."""
+    """A checkpoint file is whole or not there: Lightning's own passes through another folder.
+
+    A large one is written while training goes on, from a copy on the CPU.
+    """
+
+    writing: Future | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes it beside its place and renames it once it is on the disk.
 
         Raises:
-            UserError: the disk is full, or can't be written for another reason.
+            UserError: the disk is full, or can't be written for another reason; this one, or the one before.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
-            ) from None
+        self.teardown()
+        weights = sum(weight.nbytes for weight in checkpoint["state_dict"].values())
+        if weights < ASIDE_BYTES or Path(path).name == "final.ckpt":
+            write(checkpoint, Path(path))
+        else:
+            self.writing = ThreadPoolExecutor(1).submit(write, copied(checkpoint), Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         return mapped(path)
+
+    def teardown(self) -> None:
+        """Waits for what is being written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
+        ) from None
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same on the CPU, which no later step changes; tied weights stay one."""
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return apply_to_collection(checkpoint, torch.Tensor, copy)
 
 
 def mapped(path: str | Path) -> dict[str, Any]:
@@ -295,8 +330,12 @@ class Checkpoints(Callback):
         step = trainer.global_step
         folder = self.trunk if self.trunk and step <= self.cooldown else self.folder
         kind = "trunk" if self.keep_trunks and step == self.cooldown else "step"
+        self.remove_superfluous(trainer, folder)  # one may have been written since
         trainer.save_checkpoint(folder / f"{kind}-{step:09d}.ckpt")
         self.last_step, self.last_saved = step, time.monotonic()
+        self.remove_superfluous(trainer, folder)
+
+    def remove_superfluous(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
             trunks = sorted(CHECKPOINTS.glob("*/trunk-*.ckpt"), key=os.path.getmtime)
             for old in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *trunks[: -self.keep_trunks or None]]:

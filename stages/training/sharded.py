@@ -81,6 +81,10 @@ class ShardedStrategy(ModelParallelStrategy):
             }
             optimizer.load_state_dict(saved | {"state": state})
 
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()
+
 
 def part(value: Any, like: Tensor) -> Any:
     """What this process holds of what has the shape of a weight; each process cuts it out itself."""
