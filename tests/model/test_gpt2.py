@@ -76,7 +76,7 @@ def test_gradient_checkpointing_keeps_block_inputs_alone():
         group = SimpleNamespace(compile=False, gradient_checkpointing=checkpointing)
         module.LanguageModel(model, SimpleNamespace(model=group))
         torch.manual_seed(2)
-        with Saved(model) as saved:
+        with (saved := Saved(model)):
             x = gpt2.hidden_states(model, ids)
         kept.append(sum(size for size, _ in saved.kept.values()))
         x.square().sum().backward()
