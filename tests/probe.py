@@ -6,10 +6,13 @@ import random
 import signal
 from pathlib import Path
 
+from stages.model import optimizers
+
 import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from torch.distributed.tensor import DTensor
 
 
 class Probe(Callback):
@@ -84,6 +87,48 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Shares(Callback):
+    """Writes what each process did for a training: in shares.RANK.json, at its end.
+
+    reduced: for each batch, how many gradients of which format processes added up; matrices: of how many
+    matrices it computed Muon's update; whole: of how many blocks it had all weights while one computed, and how
+    many weights it had between two steps.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+
+    def on_train_start(self, trainer, module) -> None:
+        self.reduced, self.now, self.matrices, self.whole = [], [], 0, []
+        reduce, orthogonal = torch.distributed.reduce_scatter_single, optimizers.orthogonal
+
+        def watched_reduce(**options):
+            self.now.append(str(options["input"].dtype))
+            return reduce(**options)
+
+        def watched_orthogonal(x):
+            self.matrices += len(x)
+            return orthogonal(x)
+
+        def watched_block(block, *rest):
+            blocks = module.model.transformer.h
+            self.whole.append(sum(not isinstance(next(b.parameters()), DTensor) for b in blocks))
+
+        torch.distributed.reduce_scatter_single, optimizers.orthogonal = watched_reduce, watched_orthogonal
+        for block in module.model.transformer.h:
+            block.ln_1.register_forward_hook(watched_block)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.reduced.append(self.now)
+        self.now = []
+
+    def on_train_end(self, trainer, module) -> None:
+        held = sum(optimizers.here(p).numel() for p in module.parameters())
+        seen = {"reduced": self.reduced, "matrices": self.matrices, "whole": self.whole, "held": held}
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / f"shares.{trainer.global_rank}.json").write_text(json.dumps(seen))
 
 
 class Lines(Logger):

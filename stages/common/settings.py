@@ -140,6 +140,7 @@ class Model(Group):
     n_embd: Count = about("width of the embeddings")
     dropout: Rate = about("dropout rate of embeddings, attention and residuals")
     compile: bool = about("torch.compile the training step (needs a C++ compiler on a CPU)")
+    gradient_checkpointing: bool = about("compute each block again in the backward pass: less memory, more time")
 
     def mistakes(self) -> dict[str, Any]:
         odd = self.from_pretrained is None and self.n_embd % self.n_head

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 # Its notes and loading bars are about choices made here on purpose.
@@ -205,11 +205,28 @@ def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor, cache: Cache | None
     x = body.wte(input_ids) + body.wpe.weight[seen : seen + input_ids.shape[1]]
     x = F.dropout(x, config.embd_pdrop, model.training)
     for i, block in enumerate(body.h):
-        x = x + attention(block.attn, block.ln_1(x), cache, i)
-        x = x + mlp(block.mlp, block.ln_2(x))
+        x = block(x, cache, i) if isinstance(block, Layer) else layer(block, x, cache, i)
     if cache:
         cache.length += input_ids.shape[1]
     return body.ln_f(x)
+
+
+def layer(block: GPT2Block, x: Tensor, cache: Cache | None = None, i: int = 0) -> Tensor:
+    """The output of the i-th transformer block: (B, T, n_embd) to the same shape."""
+    x = x + attention(block.attn, block.ln_1(x), cache, i)
+    return x + mlp(block.mlp, block.ln_2(x))
+
+
+class Layer(GPT2Block):
+    """A block that is called as a module, so that hooks on it run."""
+
+    forward: Any = layer
+
+
+def call_blocks(model: GPT2LMHeadModel) -> None:
+    """Makes the blocks `Layer`s, as FSDP and activation checkpointing need it."""
+    for block in model.transformer.h:
+        block.__class__ = Layer
 
 
 def attention(attn: GPT2Attention, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:

@@ -8,7 +8,9 @@ from stages.common.devices import multiplies_bf16
 from stages.common.settings import Optimizer
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def make_optimizer(
@@ -81,25 +83,124 @@ class Muon(torch.optim.Optimizer):
             matrices = [p for p in group["params"] if p.grad is not None]
             for p in matrices:
                 if not self.state[p]:
-                    squares = p.new_zeros(1, max(p.shape))
+                    squares = here(p).new_zeros(1, max(p.shape))
                     self.state[p].update(momentum_buffer=torch.zeros_like(p), neuron_squares=squares)
-            momenta = [self.state[p]["momentum_buffer"] for p in matrices]
-            torch._foreach_lerp_(momenta, [p.grad for p in matrices], 1 - group["momentum"])
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            weights, gradients = [here(p) for p in matrices], [here(p.grad) for p in matrices]
+            momenta = [here(self.state[p]["momentum_buffer"]) for p in matrices]
+            squares = [self.state[p]["neuron_squares"] for p in matrices]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            work = SharedWork(matrices)
+            dtype = torch.bfloat16 if multiplies_bf16(weights[0].device) else torch.float32
+            updates = [g.lerp(m, group["momentum"]).to(dtype) for g, m in zip(gradients, momenta)]
+            updates = work.to_owners(updates)
             same = defaultdict(list)  # a matrix and its transpose have the same singular values
-            for p, momentum in zip(matrices, momenta):
-                same[min(p.shape), max(p.shape), p.device].append((p, p.grad.lerp(momentum, group["momentum"])))
-            for (_, long, device), pairs in same.items():
-                dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-                updates = orthogonal(torch.stack([wide(update).to(dtype) for _, update in pairs])).float()
-                squares = [self.state[p]["neuron_squares"] for p, _ in pairs]
-                new = updates.square().mean(-2, keepdim=True).to(squares[0].dtype)
-                torch._foreach_lerp_(squares, list(new), 1 - group["beta2"])
-                updates = same_norm(updates / (torch.stack(squares).float().sqrt() + 1e-8), updates)
-                torch._foreach_add_(
-                    [wide(p) for p, _ in pairs], list(updates), alpha=-0.2 * math.sqrt(long) * group["lr"]
-                )
+            for i in updates:
+                same[min(matrices[i].shape), max(matrices[i].shape)].append(i)
+            for members in same.values():
+                momentum = torch.stack([wide(updates.pop(i)) for i in members])
+                even = self.even(momentum, [squares[i] for i in members], group["beta2"])
+                for i, update in zip(members, even):
+                    updates[i] = update.t() if matrices[i].shape[0] > matrices[i].shape[1] else update
+            for i, update in enumerate(work.to_all(updates, squares)):
+                weights[i].add_(update, alpha=-0.2 * math.sqrt(max(matrices[i].shape)) * group["lr"])
         return loss
+
+    @staticmethod
+    def even(momentum: Tensor, squares: list[Tensor], beta2: float) -> Tensor:
+        """The updates of (N, n, m) matrices, n <= m, whose (1, m) running mean squares take theirs in."""
+        updates = orthogonal(momentum).float()
+        new = updates.square().mean(-2, keepdim=True).to(squares[0].dtype)
+        torch._foreach_lerp_(squares, list(new), 1 - beta2)
+        return same_norm(updates / (torch.stack(squares).float().sqrt() + 1e-8), updates)
+
+
+class SharedWork:
+    """Which of several processes computes the update of which matrix, and how matrices get there and back.
+
+    Under DDP each process has all of every matrix, under FSDP some rows of it.
+    """
+
+    def __init__(self, matrices: list[Tensor]):
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.shapes, self.device = [p.shape for p in matrices], matrices[0].device
+        self.sharded = any(isinstance(p, DTensor) for p in matrices)
+        costs = [min(shape) ** 2 * max(shape) for shape in self.shapes]
+        loads, self.owned = [0] * self.processes, [[] for _ in range(self.processes)]
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owner = loads.index(min(loads))
+            loads[owner] += costs[i]
+            self.owned[owner].append(i)
+
+    def rows(self, i: int, process: int) -> slice:
+        """The rows of a matrix that a process has."""
+        rows = self.shapes[i][0]
+        share = -(-rows // self.processes) if self.sharded else rows
+        first = min(rows, process * share) if self.sharded else 0
+        return slice(first, min(rows, first + share))
+
+    def elements(self, i: int, process: int) -> int:
+        rows = self.rows(i, process)
+        return (rows.stop - rows.start) * self.shapes[i][1]
+
+    def to_owners(self, updates: list[Tensor]) -> dict[int, Tensor]:
+        """From what this process has of each matrix, the whole ones that it computes."""
+        mine = self.owned[self.rank]
+        if not self.sharded:
+            return {i: updates[i] for i in mine}
+        sent = [self.message([updates[i] for i in each], updates[0].dtype) for each in self.owned]
+        sizes = [[self.elements(i, process) for i in mine] for process in range(self.processes)]
+        parts = [part.split(each) for part, each in zip(self.exchange(sent, sizes), sizes)]
+        return {i: torch.cat(rows).view(self.shapes[i]) for i, rows in zip(mine, zip(*parts))}
+
+    def to_all(self, updates: dict[int, Tensor], squares: list[Tensor]) -> list[Tensor]:
+        """From the updates of this process's matrices, what it has of all of them; `squares` become all processes'."""
+        if self.processes == 1:
+            return [updates[i] for i in range(len(self.shapes))]
+        mine, result = self.owned[self.rank], list(squares)
+        sizes = [
+            [self.elements(i, self.rank) for i in each] + [squares[i].numel() for i in each] for each in self.owned
+        ]
+
+        def to(process: int) -> Tensor:
+            parts = [updates[i][self.rows(i, process)] for i in mine]
+            return self.message([*parts, *(squares[i] for i in mine)], torch.float32)
+
+        if self.sharded:
+            received = self.exchange([to(process) for process in range(self.processes)], sizes)
+        else:
+            received = [torch.empty(sum(each), device=self.device) for each in sizes]
+            received[self.rank] = to(self.rank)
+            for process, message in enumerate(received):
+                dist.broadcast(message, process)
+        for each, message, size in zip(self.owned, received, sizes):
+            parts = message.split(size)
+            for i, update, its_squares in zip(each, parts, parts[len(each) :]):
+                result[i] = update.view(-1, self.shapes[i][1])
+                squares[i].copy_(its_squares.view_as(squares[i]))
+        return result
+
+    def message(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+        empty = torch.empty(0, dtype=dtype, device=self.device)
+        return torch.cat([empty, *(tensor.flatten().to(dtype) for tensor in tensors)])
+
+    def exchange(self, sent: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
+        """What each process has sent to this one, of as many elements in all; the messages go to each process."""
+        lengths = [sum(each) for each in sizes]
+        received = torch.empty(sum(lengths), dtype=sent[0].dtype, device=self.device)
+        dist.all_to_all_single(received, torch.cat(sent), lengths, [len(message) for message in sent])
+        return list(received.split(lengths))
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, which FSDP may have shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, in every process: all have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def wide(matrix: Tensor) -> Tensor:
@@ -123,23 +224,17 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers that Lightning and the schedule see as one."""
+    """Two optimizers that Lightning, the schedule and checkpoints see as one: its groups and states are theirs."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
-        self.parts = (muon, adamw)
-        super().__init__([p for part in self.parts for group in part.param_groups for p in group["params"]], {})
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for part in self.parts:
+        # A state that was loaded has taken the place of what they had.
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        for part in (self.muon, self.adamw):
+            part.state = self.state
             part.step()
         return loss
-
-    def state_dict(self) -> dict:
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state: dict) -> None:
-        for part, part_state in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(part_state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]

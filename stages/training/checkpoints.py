@@ -16,24 +16,29 @@ import signal
 import sys
 import time
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
 from stages.common.errors import UserError, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
-from stages.model.optimizers import cooldown_start
+from stages.model.optimizers import cooldown_start, here
 from stages.training import lightning_internals as internals
 from stages.training.best import BestWeights
 from stages.training.history import History
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+SAID = "GPT2_RESUME_FROM"  # the environment variable with which the first process tells the others
 KEPT = 2  # when the newest is damaged, the one before it serves
+ASIDE_BYTES = 1 << 30  # a checkpoint with so many bytes of weights is written while training goes on
 LONG_VALIDATION_SECONDS = 10  # clusters leave half a minute between SIGTERM and SIGKILL
 
 
@@ -71,27 +76,67 @@ class Interrupted(Exception):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint file is whole or not there: Lightning's own passes through another folder."""
+    """A checkpoint file is whole or not there: Lightning's own passes through another folder.
+
+    A large one is written while training goes on, from a copy on the CPU.
+    """
+
+    writing: Future | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Writes it beside its place and renames it once it is on the disk.
 
         Raises:
-            UserError: the disk is full, or can't be written for another reason.
+            UserError: the disk is full, or can't be written for another reason; this one, or the one before.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
-            ) from None
+        self.teardown()
+        weights = sum(weight.nbytes for weight in checkpoint["state_dict"].values())
+        if weights < ASIDE_BYTES or Path(path).name == "final.ckpt":
+            write(checkpoint, Path(path))
+        else:
+            self.writing = ThreadPoolExecutor(1).submit(write, copied(checkpoint), Path(path))
+
+    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
+        return mapped(path)
+
+    def teardown(self) -> None:
+        """Waits for what is being written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
+        ) from None
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The same on the CPU, which no later step changes; tied weights stay one."""
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    return apply_to_collection(checkpoint, torch.Tensor, copy)
+
+
+def mapped(path: str | Path) -> dict[str, Any]:
+    """A checkpoint whose tensors stay in the file until they are copied."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class Signals:
@@ -182,23 +227,39 @@ class Checkpoints(Callback):
         return own + sorted(trunk, key=step_of, reverse=True)
 
     def newest(self, trainer: Trainer) -> Path | None:
-        """The newest whole checkpoint of this very run; damaged ones are passed over."""
-        if trainer.is_global_zero:
-            for folder in filter(None, (self.folder, self.trunk)):
-                for unfinished in folder.glob(".*.tmp"):
-                    unfinished.unlink()
+        """The newest whole checkpoint of this very run. The first process looks for it, and the others take its word.
+
+        Those that a launcher started are one group by now. Lightning starts the others later, and they have its
+        environment.
+        """
+        if dist.is_initialized():
+            said = [str(self.newest_whole() or "") if trainer.is_global_zero else ""]
+            dist.broadcast_object_list(said, device=trainer.strategy.root_device)
+            path = said[0]
+        elif SAID in os.environ:
+            path = os.environ[SAID]
+        else:
+            path = str(self.newest_whole() or "")
+            if trainer.world_size > 1:
+                os.environ[SAID] = path
+        return Path(path) if path else None
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint of this run whose bytes are those that were written; damaged ones are passed over."""
+        for folder in filter(None, (self.folder, self.trunk)):
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink()
         for path in self.resumable():
             identity = self.trunk_identity if path.parent == self.trunk else self.identity
             try:
                 with zipfile.ZipFile(path) as archive:
                     if damaged := archive.testzip():
                         raise ValueError(f"{damaged} doesn't match its checksum")
-                if torch.load(path, map_location="cpu", weights_only=True)["identity"] != identity:
+                if mapped(path)["identity"] != identity:
                     raise ValueError("it belongs to another run")
                 return path
             except Exception as error:  # a damaged file can fail in any way
-                if trainer.is_global_zero:
-                    note(f"{path} is passed over: {one_line(error)}")
+                note(f"{path} is passed over: {one_line(error)}")
         return None
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -206,6 +267,10 @@ class Checkpoints(Callback):
         shared = trainer.global_step <= self.cooldown and not self.ended
         checkpoint |= {"identity": self.trunk_identity if shared else self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not trainer.is_global_zero:  # which alone keeps them
+            checkpoint["callbacks"][self.best.state_key]["weights"] = None
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -234,6 +299,7 @@ class Checkpoints(Callback):
         internals.repeat_epoch_start(trainer)
         if self.random is not None:
             set_random_state(self.random)
+            copy_from_file(trainer.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
@@ -258,14 +324,18 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Saves a resume checkpoint, and deletes those that it makes superfluous."""
-        finite = all(weight.isfinite().all() for weight in trainer.lightning_module.parameters())
+        finite = all(here(weight).isfinite().all() for weight in trainer.lightning_module.parameters())
         if not trainer.strategy.reduce_boolean_decision(finite):
             return  # the next loss ends the training; the checkpoints from before stay
         step = trainer.global_step
         folder = self.trunk if self.trunk and step <= self.cooldown else self.folder
         kind = "trunk" if self.keep_trunks and step == self.cooldown else "step"
+        self.remove_superfluous(trainer, folder)  # one may have been written since
         trainer.save_checkpoint(folder / f"{kind}-{step:09d}.ckpt")
         self.last_step, self.last_saved = step, time.monotonic()
+        self.remove_superfluous(trainer, folder)
+
+    def remove_superfluous(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
             trunks = sorted(CHECKPOINTS.glob("*/trunk-*.ckpt"), key=os.path.getmtime)
             for old in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *trunks[: -self.keep_trunks or None]]:
@@ -300,9 +370,16 @@ class Checkpoints(Callback):
 
     def load_final(self, history: History) -> None:
         """The state at the end of a run that DVC has not recorded."""
-        checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
+        checkpoint = mapped(self.final)
         for callback in (self, self.best, history):
             callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+
+def copy_from_file(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Replaces what they hold of a mapped checkpoint, which would stay on the disk after it is deleted."""
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)})
 
 
 def step_of(path: Path) -> int:

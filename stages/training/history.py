@@ -6,14 +6,13 @@ from typing import Any
 
 from stages.common.errors import UserError
 from stages.common.files import write_text
-from stages.training.lightning_internals import batches_seen
-from stages.training.module import LanguageModel
+from stages.training.lightning_internals import batches_seen, steps_after
+from stages.training.module import LanguageModel, grad_norm
 
 import pandas as pd
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -39,23 +38,16 @@ class History(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LanguageModel, optimizer: Optimizer) -> None:
         step = trainer.global_step + 1
         if step % self.interval == 0 or step % trainer.log_every_n_steps == 0:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)  # before they are clipped
-            if isinstance(trainer.strategy, FSDPStrategy):  # each process holds a part of every gradient
-                square = self.grad_norm.square().to(module.device)
-                self.grad_norm = trainer.strategy.reduce(square, reduce_op="sum").sqrt()
+            self.grad_norm = grad_norm(module)  # before they are clipped
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
         self.loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.losses.append(self.loss)
-        stepped = (
-            batch_idx + 1
-        ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
         if self.each_step:
             self.check(trainer)
-        if stepped and trainer.global_step % self.interval == 0:
+        if steps_after(trainer, batch_idx) and trainer.global_step % self.interval == 0:
             self.share(trainer)
             self.check(trainer)
             loss = torch.stack(self.losses).double().mean().item()

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import PassThroughProfiler
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, Strategy
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 
 
@@ -43,6 +43,12 @@ def batches_seen(trainer: pl.Trainer) -> int:
 def batches_begun(trainer: pl.Trainer) -> int:
     """The number of this batch in the whole training, from 0, as `val_check_interval` without epochs counts it."""
     return trainer.fit_loop.epoch_loop.total_batch_idx
+
+
+def steps_after(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer steps after this batch of an epoch."""
+    done = batch_idx + 1
+    return done % trainer.accumulate_grad_batches == 0 or done == trainer.num_training_batches
 
 
 def repeat_epoch_start(trainer: pl.Trainer) -> None:
@@ -102,11 +108,6 @@ def clips_itself(optimizer: Any) -> None:
     """Under mixed precision Lightning clips no gradients of an optimizer that says it unscales them itself,
     as PyTorch's fused AdamW does."""
     optimizer._step_supports_amp_scaling = False
-
-
-def saves_whole_weights(strategy: FSDPStrategy) -> bool:
-    """Whether FSDP's checkpoints are one file; nothing public says what it was made with."""
-    return strategy._state_dict_type == "full"
 
 
 class QuickAttributes(pl.LightningModule):

@@ -6,11 +6,10 @@ from stages.common.errors import UserError, note
 from stages.common.settings import Optimizer, Settings
 from stages.model import gpt2
 from stages.model.intervals import perplexity
-from stages.model.optimizers import lr_factor, make_optimizer
+from stages.model.optimizers import lr_factor, make_optimizer, whole
 from stages.training import lightning_internals as internals
 
 import torch
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
@@ -38,9 +37,10 @@ class LanguageModel(internals.QuickAttributes):
         super().__init__()
         self.model = model
         self.settings = settings
+        if settings.model.gradient_checkpointing:
+            gpt2.call_blocks(model)
+            model.activation_checkpointing_enable()
         self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
-        # FSDP leaves flat parts of them later.
-        self.matrix_names = {name for name, p in self.named_parameters() if p.ndim >= 2}
         self.nll = self.predicted = 0.0
 
     def on_fit_start(self) -> None:
@@ -81,9 +81,9 @@ class LanguageModel(internals.QuickAttributes):
     def configure_optimizers(self) -> dict:
         total = self.training_steps()
         settings = with_room_after_warmup(self.settings.optimizer, total, say=self.trainer.is_global_zero)
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in trained if name in self.matrix_names]
-        vectors = [p for name, p in trained if name not in self.matrix_names]
+        trained = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim >= 2]
+        vectors = [p for p in trained if p.ndim < 2]
         hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
         # With fp16 the fused step would unscale the gradients itself, after they were clipped.
         fused = str(self.settings.trainer.precision) not in ("16", "16-mixed")
@@ -112,17 +112,18 @@ class LanguageModel(internals.QuickAttributes):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        if by_norm and isinstance(self.trainer.strategy, FSDPStrategy):
-            self.trainer.strategy.model.clip_grad_norm_(gradient_clip_val)  # Lightning itself can't
-        elif by_norm and self.device.type == "cpu":
-            # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
-            trained = [p for p in self.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-            if gradient_clip_val and not norm <= gradient_clip_val:
-                torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
-        else:
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        norm = grad_norm(self)
+        # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
+        if self.device.type != "cpu" or not norm <= gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+
+
+def grad_norm(module: torch.nn.Module) -> Tensor:
+    """() norm of all gradients, over all processes that hold parts of them."""
+    return whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
 
 
 def valid_metrics(loss: float) -> dict[str, float]:

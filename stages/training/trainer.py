@@ -11,10 +11,11 @@ from stages.common.errors import UserError
 from stages.common.settings import Settings, as_list, first_reason, trainer_parser
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
+from stages.training.sharded import ShardedStrategy
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # Lightning's callbacks and plugins that can't keep the promises (docs/reliability.md), and what to set instead.
@@ -57,6 +58,8 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
         arguments = trainer_parser().instantiate(config).trainer.as_dict()
         users, plugins = as_list(arguments.pop("callbacks")), as_list(arguments.pop("plugins"))
         loggers = arguments.pop("logger")
+        if arguments["strategy"] == "fsdp":
+            arguments["strategy"] = ShardedStrategy()
         check_refused("callbacks", users)
         check_refused("plugins", plugins)
         return pl.Trainer(
@@ -109,18 +112,14 @@ def check_processes(trainer: pl.Trainer, settings: Settings) -> None:
     if optimizer.batch_size % processes:
         raise UserError(f"optimizer.batch_size: {optimizer.batch_size} can't be shared evenly by {processes} processes")
     # What is spawned hands its state back to nobody, and of others nothing is known.
-    if internals.is_spawned(strategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy):
+    if internals.is_spawned(strategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy):
         raise UserError(
             f"trainer.strategy: {type(strategy).__name__} of this kind can't be used: set auto, ddp or fsdp"
         )
+    averages = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.WeightAveraging)]
+    if averages and isinstance(strategy, ShardedStrategy):
+        raise UserError(f"trainer.callbacks: {type(averages[0]).__name__} needs whole weights: set strategy ddp")
     internals.keep_buckets(strategy)
-    if isinstance(strategy, FSDPStrategy):
-        if optimizer.name == "muon":
-            raise UserError(
-                "optimizer.name: muon needs whole matrices, and fsdp splits them: set adamw, or strategy ddp"
-            )
-        if not internals.saves_whole_weights(strategy):
-            raise UserError("trainer.strategy: state_dict_type must be full: checkpoints are files")
 
 
 def quiet_libraries() -> None:

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from stages.model import gpt2, sampling
+from stages.training import module
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,39 @@ def test_dropout_of_attention_in_bf16():
     ours, theirs = (lambda x: gpt2.hidden_states(model, x)), (lambda x: model.transformer(x).last_hidden_state)
     assert torch.allclose(of(ours, 1), of(theirs, 1), atol=0.05)
     assert not torch.allclose(of(ours, 1), of(theirs, 2), atol=0.1)
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """The bytes that a forward pass keeps for the backward pass, beside a model's weights."""
+
+    def __init__(self, model: GPT2LMHeadModel):
+        weights, self.kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                self.kept[storage.data_ptr()] = storage.nbytes(), tensor  # so that no other takes its place
+            return tensor
+
+        super().__init__(pack, lambda tensor: tensor)
+
+
+def test_gradient_checkpointing_keeps_block_inputs_alone():
+    """The same loss, gradients and dropout, and between the passes no more than a block's input for each block."""
+    ids, found, kept = torch.randint(0, 50, (3, 16)), [], []
+    for checkpointing in (False, True):
+        model = model_with(attn_pdrop=0.5).train()
+        group = SimpleNamespace(compile=False, gradient_checkpointing=checkpointing)
+        module.LanguageModel(model, SimpleNamespace(model=group))
+        torch.manual_seed(2)
+        with (saved := Saved(model)):
+            x = gpt2.hidden_states(model, ids)
+        kept.append(sum(size for size, _ in saved.kept.values()))
+        x.square().sum().backward()
+        found.append([x.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    inputs = 3 * 16 * 16 * 4  # a block's input, in bytes
+    assert kept[1] < 6 * inputs < 20 * inputs < kept[0]  # beside the blocks' inputs: the embeddings, and ln_f's
 
 
 def test_new_models_have_the_dropout_of_the_settings():

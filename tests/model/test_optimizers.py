@@ -1,9 +1,15 @@
 """Muon against its definition in float64, and against torch's own."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 from stages.model import optimizers
 
 import pytest
 import torch
+from conftest import ROOT
 
 SHAPES = [(16, 48), (16, 16), (64, 16), (16, 64), (16, 48)]
 
@@ -98,3 +104,40 @@ def test_muon_leaves_what_has_no_gradient(frozen):
         matrix.grad = None if i == frozen else gradient
     optimizer.step()
     assert [torch.equal(a, b) for a, b in zip(matrices, start())] == [i == frozen for i in range(len(SHAPES))]
+
+
+THREE = """
+import sys, torch, torch.distributed as dist
+from test_optimizers import gradients, moved, start, written_out
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from stages.model import optimizers
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=3)
+optimizers.multiplies_bf16 = lambda device: False
+mesh = init_device_mesh("cpu", (3,))
+expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
+for split in (lambda matrix: matrix, lambda matrix: distribute_tensor(matrix, mesh, [Shard(0)])):
+    matrices = [torch.nn.Parameter(split(matrix.detach())) for matrix in start()]
+    muon = optimizers.Muon(matrices, lr=0.02, weight_decay=0.1)
+    for step in range(6):
+        for matrix, gradient in zip(matrices, gradients(step)):
+            matrix.grad = split(gradient)
+        muon.step()
+    error = (moved([optimizers.whole(matrix) for matrix in matrices]) - expected).norm() / expected.norm()
+    squares = torch.cat([muon.state[matrix]["neuron_squares"].flatten() for matrix in matrices])
+    print(error.item(), squares.numpy().tobytes().hex())
+"""
+
+
+def test_muon_of_three_processes_is_its_definition(tmp_path):
+    """Whole matrices, as DDP has them, then in rows, as FSDP: 16 rows are no multiple of three."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{Path(__file__).parent}"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", THREE, str(tmp_path / "meet"), str(rank)], env=environment,
+                         stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert all(float(error) < 1e-4 for each in printed for error in each[::2]), printed
+    assert [len(each) for each in printed] == [4, 4, 4]
+    assert printed[0][1::2] == printed[1][1::2] == printed[2][1::2]  # each has the running squares of all

@@ -47,6 +47,7 @@ WEIGHTS = {
 # Tried in another test, which compares more than weights.
 ELSEWHERE = {
     "model.from_pretrained": "test_figures.py",
+    "model.gradient_checkpointing": "../model/test_gpt2.py",
     "trainer.devices": "test_scale.py",
     "trainer.num_nodes": "test_scale.py",
     "trainer.strategy": "test_scale.py",

@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 from conftest import ROOT
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
 
@@ -105,8 +104,6 @@ def test_who_starts_processes():
     assert isinstance(internals.cluster_environment(trainer_of()), LightningEnvironment)
     assert not internals.is_spawned(trainer_of().strategy)
     assert internals.is_spawned(trainer_of(strategy="ddp_spawn", devices=2).strategy)
-    for kind, whole in (("full", True), ("sharded", False)):
-        assert internals.saves_whole_weights(FSDPStrategy(state_dict_type=kind)) is whole
 
 
 def test_gradients_are_clipped_under_mixed_precision():

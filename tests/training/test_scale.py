@@ -6,23 +6,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from stages import train
 from stages.common.errors import UserError
+from stages.training import checkpoints
 
+import faults
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, run, set_params
+from conftest import ROOT, run, run_stage, set_params, train_inputs
 
 TESTS = ROOT / "tests"
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
-FSDP = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy={class_path: cpu_fsdp.CPUFSDP}")
+FSDP = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=fsdp")
 
 # Python runs it at the start of every process: it notes what any but the first one writes in the project.
 WATCH = """
@@ -127,24 +131,89 @@ def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
     same_training(project, alone)
 
 
-def test_three_processes_go_on_with_the_same_bytes(project, tmp_path):
+@pytest.mark.parametrize("strategy, precision", [("ddp", "32-true"), ("fsdp", "bf16-true")])
+def test_a_resume_has_the_same_bytes_and_shares_the_work(project, built, tmp_path, strategy, precision):
     """Of three numbers the order of a sum matters, and DDP would change it after a process's first step."""
     set_params(
         project,
-        *("trainer.accelerator=cpu", "trainer.devices=3", "trainer.strategy=ddp", "optimizer.batch_size=6"),
-        *("trainer.max_steps=12", "trainer.callbacks=[{class_path: probe.Stop}]"),
+        *("trainer.accelerator=cpu", "trainer.devices=3", f"trainer.strategy={strategy}"),
+        *("optimizer.batch_size=6", "optimizer.name=muon", f"trainer.precision={precision}"),
+        *("trainer.max_steps=8", "trainer.accumulate_grad_batches=2"),
+        "runtime.checkpoint_every_n_steps=2",
+        "trainer.callbacks=[{class_path: probe.Stop}, {class_path: probe.Shares, init_args: {folder: shares}}]",
     )
     command = (sys.executable, "-m", "stages.train")
     whole = shutil.copytree(project, tmp_path / "whole")
-    processes = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="5")]
-    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in processes]
-    assert processes[0].returncode == 0, output
-    assert "stopped by SIGTERM at step 5" in stopped, stopped
+    runs = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="3")]
+    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in runs]
+    assert runs[0].returncode == 0, output
+    assert "stopped by SIGTERM at step 3" in stopped, stopped
+    assert faults.damage_newest(project, "with other bytes in it")
     process = start(*command, cwd=project)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and "going on from" in output, output
+    assert process.returncode == 0 and output.count("step-000000003.ckpt is passed over") == 1, output
+    assert "step-000000002.ckpt\n" in output, output
     for name in ("models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"):
         assert (project / name).read_bytes() == (whole / name).read_bytes(), name
+
+    made, wanted = (safetensors.torch.load_file(p / "models/gpt2/model.safetensors") for p in (project, built))
+    assert {name: weight.shape for name, weight in made.items()} == {name: w.shape for name, w in wanted.items()}
+
+    shares = [json.loads(file.read_text()) for file in sorted(whole.glob("shares/*.json"))]
+    # Two layers of four matrices, eight steps: each is one process's work, and all have some.
+    assert len(shares) == 3 and sum(share["matrices"] for share in shares) == 8 * 8
+    assert all(share["matrices"] for share in shares)
+    if strategy == "fsdp":
+        for share in shares:
+            # Gradients pass between processes at the last batch of a step alone, one message for each block and
+            # one for the rest, in float32; while a block computes, the others are in parts.
+            assert share["reduced"] == [[], ["torch.float32"] * 3] * 8
+            assert set(share["whole"]) == {1}
+        parameters = json.loads((whole / "metrics/run.json").read_text())["parameters"]
+        assert sum(share["held"] for share in shares) == parameters
+        assert max(share["held"] for share in shares) < 1.2 * parameters / 3
+
+
+def test_the_first_process_alone_reads_a_checkpoint_through(monkeypatch):
+    monkeypatch.setenv(checkpoints.SAID, "")
+    monkeypatch.delenv(checkpoints.SAID)
+    calls, found = [], Path("models/checkpoints/a/step-000000002.ckpt")
+    me = SimpleNamespace(newest_whole=lambda: calls.append(1) or found)
+    started = SimpleNamespace(world_size=2)  # the second one has the first one's environment
+    assert [checkpoints.Checkpoints.newest(me, started) for _ in range(2)] == [found, found]
+    assert len(calls) == 1
+
+
+def test_a_large_checkpoint_is_written_while_training_goes_on(built, tmp_path, monkeypatch):
+    """Each but the last is held back until a step later, and yet holds what it held when it was due."""
+    arguments = ["--trainer.max_steps=6", "--runtime.checkpoint_every_n_steps=2", "--optimizer.name=muon"]
+    found, in_time, later = [], [], threading.Event()
+    write, end = checkpoints.write, train.History.on_train_batch_end
+
+    def late(checkpoint: dict, path: Path) -> None:
+        in_time.append(path.name == "final.ckpt" or later.wait(60))
+        write(checkpoint, path)
+
+    def batch_ends(history, trainer, *rest) -> None:
+        end(history, trainer, *rest)
+        (later.set if trainer.global_step % 2 else later.clear)()
+
+    for aside in (False, True):
+        project = train_inputs(built, tmp_path / str(aside))
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints, "LONG_VALIDATION_SECONDS", float("nan"))  # none is long
+            if aside:
+                patch.setattr(checkpoints, "ASIDE_BYTES", 0)
+                patch.setattr(checkpoints, "write", late)
+                patch.setattr(train.History, "on_train_batch_end", batch_ends)
+            assert run_stage(project, "train", *arguments)[0] == 0
+        files = sorted(project.glob("models/checkpoints/*/*.ckpt"))
+        assert [file.name for file in files] == ["final.ckpt", "step-000000002.ckpt", "step-000000004.ckpt"]
+        found.append([checkpoints.mapped(file) for file in files])
+    assert in_time == [True] * 3
+    for one, other in zip(*found, strict=True):
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "loops"):
+            torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
 
 
 def test_two_nodes_stop_together_and_go_on(project, alone):
@@ -173,17 +242,14 @@ def test_two_nodes_stop_together_and_go_on(project, alone):
     assert "Stage 'train' didn't change" in run("dvc", "repro", "train", cwd=project).stdout
 
 
-def test_fsdp_stops_goes_on_and_exports_the_same_model(project, alone):
-    set_params(project, *FSDP, "runtime.checkpoint_every_n_steps=20")
-    process = start(sys.executable, "-m", "stages.train", cwd=project)
-    wait_for_checkpoint(project, process)
-    process.terminate()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in output, output
-
-    process = start(sys.executable, "-m", "stages.train", cwd=project)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "going on from" in output, output
+def test_fsdp_is_one_training_and_other_processes_go_on_with_it(project, alone):
+    """By one process until SIGTERM, then by two under FSDP until SIGTERM, then by two under DDP."""
+    for settings, stop_at in ((("trainer.devices=1",), "100"), (FSDP, "200"), (TWO, "")):
+        set_params(project, *settings, "trainer.accelerator=cpu", "trainer.callbacks=[{class_path: probe.Stop}]")
+        process = start(sys.executable, "-m", "stages.train", cwd=project, STOP_AT=stop_at)
+        output, _ = process.communicate(timeout=200)
+        assert f"stopped by SIGTERM at step {stop_at}" in output if stop_at else process.returncode == 0, output
+    assert "going on from" in output
     same_training(project, alone)
     for name in ("config.json", "tokenizer.json"):
         assert (project / "models/gpt2" / name).read_bytes() == (alone / "models/gpt2" / name).read_bytes()
@@ -194,8 +260,8 @@ def test_fsdp_stops_goes_on_and_exports_the_same_model(project, alone):
     [
         ([*TWO, "optimizer.batch_size=3"], "optimizer.batch_size: 3 can't be shared evenly by 2 processes"),
         (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp_spawn"], "set auto, ddp or fsdp"),
-        (["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=fsdp"], "fsdp` requires a GPU"),
-        ([*FSDP, "optimizer.name=muon"], "muon needs whole matrices, and fsdp splits them"),
+        ([*FSDP, "trainer.precision=16-mixed"], "does not support .*16-mixed"),
+        ([*FSDP, "trainer.callbacks=[{class_path: EMAWeightAveraging}]"], "needs whole weights"),
     ],
 )
 def test_impossible_combinations(project, monkeypatch, settings, message):
