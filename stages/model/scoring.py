@@ -134,17 +134,11 @@ def token_losses(
     full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
     batches = iter([*starts, [full]])
-
-    def losses(windows: list[int]) -> np.ndarray:
-        length = min(T, N - 1 - windows[-1] * stride)
-        batch = torch.from_numpy(split.windows([k * stride for k in windows], length + 1)).to(model.device)
-        with autocast(model.device, precision):
-            return gpt2.token_losses(model, batch).cpu().numpy()
-
     rank, _, size = processes.launched()
     with progress_bar(N - 1, f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
         while turn := list(islice(batches, size)):
-            for windows, nll in zip(turn, processes.gather(losses(turn[rank]) if rank < len(turn) else None)):
+            mine = [k * stride for k in turn[rank]] if rank < len(turn) else None
+            for windows, nll in zip(turn, processes.gather(mine and window_losses(model, split, mine, precision))):
                 if not np.isfinite(nll).all():
                     raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
                 # All but the first window score only what the one before did not reach.
@@ -154,6 +148,14 @@ def token_losses(
                 nll = np.concatenate([row[new:] for row, new in zip(nll, news)])
                 bar.update(len(nll))
                 yield first, positions, nll
+
+
+def window_losses(model: GPT2LMHeadModel, split: Split, starts: list[int], precision: str | None) -> np.ndarray:
+    """Negative log-likelihoods in the windows that begin at `starts`: (len(starts), T or, alone at the end, less)."""
+    length = min(gpt2.block_size_of(model.config), len(split.tokens) - 1 - starts[-1])
+    batch = torch.from_numpy(split.windows(starts, length + 1)).to(model.device)
+    with autocast(model.device, precision):
+        return gpt2.token_losses(model, batch).cpu().numpy()
 
 
 def unigram_ppl(train: Split, split: Split) -> float:
