@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class Encoder:
         tokenizer: encodes.
         path: what the documents are of, for messages.
         lossy: refuse or allow: what to do when the tokenizer doesn't give a document's exact text back.
+        before: how many documents there are before those that it is given.
         sizes: bytes and words of the documents that have ended since it was emptied last.
         sha256: of the documents' text: a size of 8 bytes after each, so that it tells where they end.
     """
@@ -50,6 +51,7 @@ class Encoder:
     tokenizer: TextTokenizer
     path: str
     lossy: str
+    before: Callable[[], int] = int
     documents: int = 0
     bytes: int = 0
     words: int = 0
@@ -117,6 +119,7 @@ class Encoder:
                     at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
                     self.changes.first = number, text[at : at + 10], back[at : at + 10]
                     if self.lossy == "refuse":
+                        number += self.before()
                         raise UserError(
                             f"{self.path}: document {number:,}: the tokenizer gives back {back[at : at + 10]!r} for "
                             f"{text[at : at + 10]!r}: use another tokenizer, or set tokenizer.lossy: allow"
