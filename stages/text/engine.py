@@ -9,7 +9,6 @@ import importlib
 import io
 import multiprocessing
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -21,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +31,7 @@ from stages.common.files import write_text
 from stages.common.settings import Runtime
 from stages.text.sources import state_of
 
-Work = Callable[[Path, int, int], None]  # (folder, rank, tasks) writes the share of one task into a folder
+Work = partial[None]  # called with (folder, rank, tasks), it writes the share of one task into a folder
 SAID = "said.txt"
 AGAIN = "the same command goes on with what is missing"
 
@@ -41,7 +41,7 @@ def in_tasks(work: Work, folder: Path, inputs: Iterable[Path], runtime: Runtime 
     """The folders that all tasks have written, in the order of their ranks, until the block ends.
 
     Args:
-        work: can be pickled, and decides nothing by anything but its arguments and `inputs`.
+        work: its result depends on nothing but its arguments, whose repr() tells them apart, and `inputs`.
         folder: .NAME.tmp: where one task alone writes; several write below .NAME.parts beside it, which stays there
             when something fails.
         inputs: the files that are read.
@@ -80,7 +80,7 @@ def key_of(work: Work, inputs: Iterable[Path], tasks: int) -> str:
     """A hash of all that decides what the tasks write."""
     code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
     states = [(str(file), state_of(str(file))) for file in inputs]
-    return hashlib.sha256(pickle.dumps((code, states, work, tasks))).hexdigest()[:16]
+    return hashlib.sha256(repr((code, states, work.func.__name__, work.keywords, tasks)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
