@@ -180,7 +180,8 @@ def on_slurm(task: Task, ranks: list[int], options: dict) -> Iterator[None]:
     sys.modules["loguru"].logger.remove()
     logs = task.parts / "slurm"
     shutil.rmtree(logs, ignore_errors=True)
-    os.environ["PYTHONPATH"] = task.project  # the jobs inherit it
+    paths = filter(None, (task.project, os.environ.get("PYTHONPATH")))
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the jobs inherit it
     own = {"tasks": len(ranks), "logging_dir": str(logs)}
     own["sbatch_args"] = {"wait": ""} | options.get("sbatch_args", {})
     with suppress(subprocess.CalledProcessError):  # which tasks are missing says more
