@@ -162,10 +162,11 @@ def on_ray(task: Task, ranks: list[int], options: dict) -> Iterator[None]:
         while waiting:
             done, waiting = ray.wait(waiting)
             yield ray.get(done[0])
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise UserError(f"runtime.executor: ray: {one_line(error)}: {AGAIN}") from None
+        cause = getattr(error, "cause", error)
+        if not isinstance(cause, ray.exceptions.RayError):
+            raise cause from None
+        raise UserError(f"runtime.executor: ray: {one_line(cause)}: {AGAIN}") from None
     finally:
         ray.shutdown()
 
@@ -180,8 +181,9 @@ def on_slurm(task: Task, ranks: list[int], options: dict) -> Iterator[None]:
     sys.modules["loguru"].logger.remove()
     logs = task.parts / "slurm"
     shutil.rmtree(logs, ignore_errors=True)
-    paths = filter(None, (task.project, os.environ.get("PYTHONPATH")))
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the jobs inherit it
+    # The jobs inherit the environment.
+    for key, folder in (("PATH", os.path.dirname(sys.executable)), ("PYTHONPATH", task.project)):
+        os.environ[key] = os.pathsep.join(filter(None, (folder, os.environ.get(key))))
     own = {"tasks": len(ranks), "logging_dir": str(logs)}
     own["sbatch_args"] = {"wait": ""} | options.get("sbatch_args", {})
     with suppress(subprocess.CalledProcessError):  # which tasks are missing says more

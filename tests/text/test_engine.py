@@ -196,8 +196,9 @@ def test_slurm(large, tmp_path):
     assert in_tasks(large, 3, "--runtime.executor=slurm", options, env=env) == expected
 
 
-def test_ray_on_two_nodes(large):
+def test_ray_on_two_nodes(large, monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", OUTSIDE["PYTHONPATH"])
     from ray.cluster_utils import Cluster
 
     expected = digests(large, *MADE)
