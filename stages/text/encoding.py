@@ -91,6 +91,16 @@ class Encoder:
             yield np.insert(ids, ends[last], self.tokenizer.end_of_text)
             self.documents += int(last.sum())
 
+    def counts(self) -> dict[str, Any]:
+        """Of what it has been given so far, and a hash of it."""
+        counts: dict[str, Any] = {key: getattr(self, key) for key in ("documents", "bytes", "words")}
+        if not self.tokenizer.loses_nothing:
+            counts["characters"] = self.characters
+            counts["changed_documents"] = self.changes.documents
+            counts["lost_characters"] = self.changes.characters
+            counts["unknown_tokens"] = self.changes.unknown
+        return counts | {"text": self.sha256.hexdigest()}
+
     def encoded(self, parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
         """Batches of parts, their ids and where in these each part ends. The next batch is encoded meanwhile."""
         batch, encoding = list(take(parts)), None

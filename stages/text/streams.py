@@ -232,15 +232,7 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents, share: ra
         np.lib.format.write_array_header_1_0(file, header((tokens,), dtype))
         sizes.seek(0)
         np.lib.format.write_array_header_1_0(sizes, header((encoder.documents, 2), np.dtype(np.uint64)))
-    counts = {"tokens": tokens, **{key: getattr(encoder, key) for key in ("documents", "bytes", "words")}}
-    if not tokenizer.loses_nothing:
-        changes = encoder.changes
-        counts["characters"] = encoder.characters
-        counts["changed_documents"] = changes.documents
-        counts["lost_characters"] = changes.characters
-        counts["unknown_tokens"] = changes.unknown
-    hashes = {"text": encoder.sha256.hexdigest(), "sha256": digest.hexdigest()}
-    return counts | hashes | {"first": encoder.changes.first}
+    return {"tokens": tokens} | encoder.counts() | {"sha256": digest.hexdigest(), "first": encoder.changes.first}
 
 
 def encode_beginning(tokenizer: TextTokenizer, splits: dict[str, Documents]) -> None:
