@@ -29,6 +29,7 @@ FORMATS |= {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 READABLE = ".txt, .jsonl, .csv or .parquet, each also with .gz, .bz2, .xz or .zst"
 
+LINE_END = re.compile(rb"\n")
 LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 csv.field_size_limit((1 << 31) - 1)
@@ -105,33 +106,28 @@ def next_document(file: SourceFile, at: int, settings: Data) -> int:
     the file's beginning tells (compressed, CSV, Parquet)."""
     if at <= 0:
         return 0
-    between, overlap = border(file, settings)
+    between = border(file, settings)
     with open(file.path, "rb") as raw:
         raw.seek(at)
-        window = b""
         while between and at < file.size and (chunk := raw.read(CHUNK_BYTES)):
-            window += chunk
-            # White space goes on in the next chunk, perhaps.
-            end = len(window.rstrip()) if between is BLANK_LINES else len(window)
-            if match := between.search(window, 0, end):
-                return raw.tell() - len(window) + match.end()
-            window = window[max(0, end - overlap) :]
+            # One that lies across two chunks is passed over: the next one will do.
+            if match := between.search(chunk):
+                return raw.tell() - len(chunk) + match.end()
     return file.size
 
 
-def border(file: SourceFile, settings: Data) -> tuple[re.Pattern | None, int]:
-    """What stands between the documents of a file, if that can be told anywhere in it, and how many bytes of it may
-    stand before the end of a chunk in which there is none."""
+def border(file: SourceFile, settings: Data) -> re.Pattern | None:
+    """What stands between the documents of a file, if that can be told anywhere in it."""
     marker = settings.separator.encode()
-    if file.compression or file.format not in ("txt", "jsonl") or settings.document == "file" != file.format:
-        return None, 0
+    if file.compression or file.format not in ("txt", "jsonl"):
+        return None
     if file.format == "jsonl" or settings.document == "line":
-        return re.compile(rb"\n"), 0
-    if settings.document == "blank_line":
-        return BLANK_LINES, 0
-    if any(marker.endswith(marker[:i]) for i in range(1, len(marker))):
-        return None, 0  # where markers overlap, only the file's beginning tells which of them count
-    return re.compile(re.escape(marker)), len(marker) - 1
+        return LINE_END
+    if settings.document != "separator":
+        return BLANK_LINES if settings.document == "blank_line" else None
+    # Where markers overlap, only the file's beginning tells which of them count.
+    overlap = any(marker.endswith(marker[:i]) for i in range(1, len(marker)))
+    return None if overlap else re.compile(re.escape(marker))
 
 
 def find_files(path: str, document: str) -> list[SourceFile]:

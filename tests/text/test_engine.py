@@ -13,7 +13,7 @@ from stages.text.corpus import Documents
 
 import pytest
 from conftest import ROOT, data_settings, digests, run, run_stage, sample_lines
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from memory import write
 
@@ -26,6 +26,7 @@ lines = st.lists(
 )
 
 
+@example(b"eeeee" * 4, "separator", "ee", 4, 3)
 @settings(max_examples=200, deadline=None)
 @given(
     lines.map("".join).map(str.encode),
