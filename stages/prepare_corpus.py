@@ -26,7 +26,7 @@ def main() -> None:
         if os.path.exists(path):  # of a data set of the hub, DVC watches the name
             check_watched(f"data.{name}_file" if name in SPLITS else f"data.test_files.{name}", path)
     with new_folder(CORPUS) as folder:
-        dropped, hashes = write_splits(settings.data, folder, names)
+        dropped, hashes = write_splits(settings.data, folder, names, settings.runtime)
         figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped)
         # Both or neither: a failure here leaves the corpus of before too.
         write_json(METRICS / "corpus.json", figures)

@@ -14,7 +14,7 @@ from stages.text.streams import token_figures, write_blocks
 def main() -> None:
     settings = load("stages.tokenize_blocks", __doc__)
     splits = {name: Documents(name) for name in split_names(CORPUS, "arrow")}
-    counts = write_blocks(splits, TOKENIZER, BLOCKS, settings.tokenizer.lossy)
+    counts = write_blocks(splits, TOKENIZER, BLOCKS, settings.tokenizer.lossy, settings.runtime)
     write_json(METRICS / "tokens.json", {split: token_figures(count) for split, count in counts.items()})
     for split, count in counts.items():
         print(f"{split}: {count['tokens']:,} tokens, {count['documents']:,} documents, {count['bytes']:,} bytes")

@@ -35,6 +35,7 @@ Fraction = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Rate = Annotated[float, Field(ge=0, lt=1), "a number from 0 to below 1"]
 Probability = Annotated[float, Field(gt=0, le=1), "a number above 0, up to 1"]
 ClassPath = Annotated[dict[str, Any], "a class_path and its init_args"]
+Options = Annotated[dict[str, Any], "a list of `name: value`"]
 Duration = Annotated[dict[str, int], "its days, hours, minutes and seconds"]
 ClassPaths = ClassPath | list[ClassPath] | None
 Share = int | float | None
@@ -260,6 +261,11 @@ class Runtime(Group):
     keep_trunks: CountOrZero = about("wsd: how many checkpoints from the start of a cooldown to keep, the newest ones")
     profiler: Literal["simple", "advanced"] | None = about("Lightning's profiler: simple, advanced or null")
     num_sanity_val_steps: CountOrZero = about("validation batches to try before training")
+    tasks: Count = about("parts in which prepare_corpus and tokenize_blocks do their work; 1: in one process, at once")
+    executor: Literal["local", "ray", "slurm"] = about(
+        "who runs these tasks: local (processes of this machine), ray or slurm (a cluster)"
+    )
+    executor_options: Options = about("arguments of the executor")
 
 
 class Settings(Group):

@@ -61,10 +61,15 @@ class Documents:
             yield self.batch(i)
             self.release()
 
-    def documents(self) -> Iterator[memoryview]:
-        """The UTF-8 bytes of each document, in order."""
-        for batch in self:
-            yield from batch
+    def documents(self, share: range | None = None) -> Iterator[memoryview]:
+        """The UTF-8 bytes of each document, in order: of all batches or a share of them."""
+        for i in range(self.batches) if share is None else share:
+            yield from self.batch(i)
+            self.release()
+
+    def count(self, share: range) -> int:
+        """How many documents some batches have."""
+        return sum(self.file.get_batch(i).num_rows for i in share)
 
     @cached_property
     def starts(self) -> np.ndarray:

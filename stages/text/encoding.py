@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class Encoder:
         tokenizer: encodes.
         path: what the documents are of, for messages.
         lossy: refuse or allow: what to do when the tokenizer doesn't give a document's exact text back.
+        before: how many documents there are before those that it is given.
         sizes: bytes and words of the documents that have ended since it was emptied last.
         sha256: of the documents' text: a size of 8 bytes after each, so that it tells where they end.
     """
@@ -50,6 +51,7 @@ class Encoder:
     tokenizer: TextTokenizer
     path: str
     lossy: str
+    before: Callable[[], int] = int
     documents: int = 0
     bytes: int = 0
     words: int = 0
@@ -89,6 +91,16 @@ class Encoder:
             yield np.insert(ids, ends[last], self.tokenizer.end_of_text)
             self.documents += int(last.sum())
 
+    def counts(self) -> dict[str, Any]:
+        """Of what it has been given so far, and a hash of it."""
+        counts: dict[str, Any] = {key: getattr(self, key) for key in ("documents", "bytes", "words")}
+        if not self.tokenizer.loses_nothing:
+            counts["characters"] = self.characters
+            counts["changed_documents"] = self.changes.documents
+            counts["lost_characters"] = self.changes.characters
+            counts["unknown_tokens"] = self.changes.unknown
+        return counts | {"text": self.sha256.hexdigest()}
+
     def encoded(self, parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
         """Batches of parts, their ids and where in these each part ends. The next batch is encoded meanwhile."""
         batch, encoding = list(take(parts)), None
@@ -117,6 +129,7 @@ class Encoder:
                     at = next((i for i, (a, b) in enumerate(zip(text, back)) if a != b), min(len(text), len(back)))
                     self.changes.first = number, text[at : at + 10], back[at : at + 10]
                     if self.lossy == "refuse":
+                        number += self.before()
                         raise UserError(
                             f"{self.path}: document {number:,}: the tokenizer gives back {back[at : at + 10]!r} for "
                             f"{text[at : at + 10]!r}: use another tokenizer, or set tokenizer.lossy: allow"

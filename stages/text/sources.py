@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from stages.common.errors import UserError, note, one_line
@@ -29,6 +29,7 @@ FORMATS |= {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 READABLE = ".txt, .jsonl, .csv or .parquet, each also with .gz, .bz2, .xz or .zst"
 
+LINE_END = re.compile(rb"\n")
 LEADING_BLANK_LINES = re.compile(rb"(?:[ \t\r\f\v]*\n)*")
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
 csv.field_size_limit((1 << 31) - 1)
@@ -42,16 +43,91 @@ class SourceFile:
         format: txt, jsonl, csv or parquet.
         compression: gzip, bz2, xz, zstd or None.
         state: of `state_of`.
+        start, end: the stretch of it that is meant; end None: to its own.
     """
 
     path: str
     format: str
     compression: str | None
     state: tuple[int, ...]
+    start: int = 0
+    end: int | None = None
 
     @property
     def size(self) -> int:
         return self.state[0]
+
+    @property
+    def stretch(self) -> int:
+        return (self.size if self.end is None else self.end) - self.start
+
+    def lines_before(self) -> int:
+        """How many lines of the file end before its stretch."""
+        with open(self.path, "rb") as file:
+            stream = io.BufferedReader(Stretch(file, 0, self.start))
+            return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(CHUNK_BYTES), b""))
+
+
+class Stretch(io.RawIOBase):
+    """The bytes of a file from one place to another."""
+
+    def __init__(self, file: BinaryIO, start: int, end: int):
+        file.seek(start)
+        self.file, self.left = file, end - start
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        part = self.file.read(min(self.left, len(buffer)))
+        buffer[: len(part)] = part
+        self.left -= len(part)
+        return len(part)
+
+
+def share_of(files: list[SourceFile], rank: int, tasks: int, settings: Data) -> list[SourceFile]:
+    """The stretches of files that are one task's: about as many bytes as each other's, and whole documents.
+
+    Args:
+        settings: the data group.
+    """
+    total, found = sum(file.size for file in files), []
+    first, last = total * rank // tasks, total * (rank + 1) // tasks
+    for file in files:
+        start, end = (next_document(file, at, settings) for at in (first, last))
+        if start < end:
+            found.append(replace(file, start=start, end=end))
+        first, last = first - file.size, last - file.size
+    return found
+
+
+def next_document(file: SourceFile, at: int, settings: Data) -> int:
+    """Where the first document begins that begins after the byte `at`; the file's end where none does, or where only
+    the file's beginning tells (compressed, CSV, Parquet)."""
+    if at <= 0:
+        return 0
+    between = border(file, settings)
+    with open(file.path, "rb") as raw:
+        raw.seek(at)
+        while between and at < file.size and (chunk := raw.read(CHUNK_BYTES)):
+            # One that lies across two chunks is passed over: the next one will do.
+            if match := between.search(chunk):
+                return raw.tell() - len(chunk) + match.end()
+    return file.size
+
+
+def border(file: SourceFile, settings: Data) -> re.Pattern | None:
+    """What stands between the documents of a file, if that can be told anywhere in it."""
+    marker = settings.separator.encode()
+    if file.compression or file.format not in ("txt", "jsonl"):
+        return None
+    if file.format == "jsonl" or settings.document == "line":
+        return LINE_END
+    if settings.document != "separator":
+        return BLANK_LINES if settings.document == "blank_line" else None
+    # Where markers overlap, only the file's beginning tells which of them count.
+    overlap = any(marker.endswith(marker[:i]) for i in range(1, len(marker)))
+    return None if overlap else re.compile(re.escape(marker))
 
 
 def find_files(path: str, document: str) -> list[SourceFile]:
@@ -139,15 +215,17 @@ def read_documents(file: SourceFile, settings: Data, advance: Callable[[int], ob
         try:
             raw = stack.enter_context(open(file.path, "rb"))
             stream = stack.enter_context(decompressed(raw, file.compression))
-            documents = READERS[file.format](stream, file.path, settings)
-            read = 0
+            if file.stretch < file.size:
+                stream = io.BufferedReader(Stretch(raw, file.start, file.start + file.stretch))
+            documents = READERS[file.format](stream, file, settings)
+            read = file.start
             for document in documents:
                 if raw.tell() != read:
                     advance(raw.tell() - read)
                     read = raw.tell()
                 if document and not document.isspace():
                     yield document
-            advance(file.size - read)
+            advance(file.start + file.stretch - read)
         except (pa.ArrowException, lzma.LZMAError, EOFError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -161,17 +239,17 @@ def decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO | io.Buffer
     return lzma.open(raw) if compression == "xz" else io.BufferedReader(pa.CompressedInputStream(raw, compression))
 
 
-def read_txt(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes | bytearray]:
+def read_txt(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator[bytes | bytearray]:
     marker = settings.separator.encode()
-    chunks = checked_chunks(stream, path)
+    chunks = checked_chunks(stream, file)
     if settings.document == "separator":
         return split_at_marker(chunks, marker)
     return split_at_lines(chunks, settings.document)
 
 
-def checked_chunks(stream: BinaryIO, path: str) -> Iterator[bytes]:
+def checked_chunks(stream: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     """A text in chunks that are known to be UTF-8."""
-    offset, rest = 0, b""
+    path, offset, rest = file.path, file.start, b""
     while chunk := stream.read(CHUNK_BYTES):
         chunk = rest + chunk
         if not chunk.isascii():
@@ -234,19 +312,29 @@ def split_at_marker(chunks: Iterator[bytes], marker: bytes) -> Iterator[bytes | 
     yield (current + tail).strip(b"\r\n")
 
 
-def read_jsonl(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
+def read_jsonl(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator[bytes]:
     for number, line in enumerate(stream, 1):
         if not line.isspace():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number:,}: broken JSON: {one_line(error)}: mend it") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}: line {number:,}: no object with fields: every line must be one")
-            yield field(row, settings.text_key, f"{path}: line {number:,}")
+                text = field(json_object(line), settings.text_key)
+            except UserError as error:
+                raise UserError(f"{file.path}: line {file.lines_before() + number:,}: {error}") from None
+            yield text
 
 
-def read_csv(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
+def json_object(line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"broken JSON: {one_line(error)}: mend it") from None
+    if not isinstance(row, dict):
+        raise UserError("no object with fields: every line must be one")
+    return row
+
+
+def read_csv(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator[bytes]:
+    path = file.path
+
     def lines() -> Iterator[str]:
         for number, line in enumerate(stream, 1):
             try:
@@ -257,7 +345,7 @@ def read_csv(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
     rows = csv.reader(lines(), strict=True)
     try:
         names = next(rows, [])
-        field(dict.fromkeys(names, ""), settings.text_key, f"{path}: line 1")
+        field(dict.fromkeys(names, ""), settings.text_key, f"{path}: line 1: ")
         at = names.index(settings.text_key)
         for row in rows:
             if len(row) != len(names) and row:
@@ -267,14 +355,15 @@ def read_csv(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
         raise UserError(f"{path}: line {rows.line_num:,}: broken CSV: {one_line(error)}: mend it") from None
 
 
-def read_parquet(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]:
-    with tempfile.TemporaryFile() as file:
+def read_parquet(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator[bytes]:
+    path = file.path
+    with tempfile.TemporaryFile() as copy:
         if not (isinstance(stream, io.BufferedReader) and stream.seekable()):
             while chunk := stream.read(CHUNK_BYTES):
-                file.write(chunk)
-            stream = file
+                copy.write(chunk)
+            stream = copy
         table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        field(dict.fromkeys(table.schema_arrow.names, ""), settings.text_key, path)
+        field(dict.fromkeys(table.schema_arrow.names, ""), settings.text_key, f"{path}: ")
         kind = table.schema_arrow.field(settings.text_key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -288,18 +377,18 @@ def read_parquet(stream: BinaryIO, path: str, settings: Data) -> Iterator[bytes]
                 yield value
 
 
-def field(row: dict, key: str, place: str) -> bytes:
+def field(row: dict, key: str, place: str = "") -> bytes:
     """The UTF-8 text of a row's field. Raises UserError, with the place, when there is none."""
     if key not in row:
         names = ", ".join(map(str, row)) or "none"
-        raise UserError(f"{place}: no field {key!r}, there are: {names}: set data.text_key")
+        raise UserError(f"{place}no field {key!r}, there are: {names}: set data.text_key")
     value = row[key]
     if not isinstance(value, str):
-        raise UserError(f"{place}: field {key!r} is {json.dumps(value)[:40]}, no text: set data.text_key or mend it")
+        raise UserError(f"{place}field {key!r} is {json.dumps(value)[:40]}, no text: set data.text_key or mend it")
     try:
         return value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: field {key!r} holds half a character (a surrogate): mend it") from None
+        raise UserError(f"{place}field {key!r} holds half a character (a surrogate): mend it") from None
 
 
 READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "parquet": read_parquet}
@@ -308,19 +397,12 @@ READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "parquet": rea
 def read_source(
     path: str, files: list[SourceFile], settings: Data, advance: Callable[[int], object]
 ) -> Iterator[bytes]:
-    """The documents of a source's files, one after the other.
-
-    Raises:
-        UserError: as `read_documents`, and when there is no document at all.
-    """
-    count, marker = 0, settings.separator.encode()
+    """The documents of a source's files, one after the other. Raises UserError as `read_documents`."""
+    marker = settings.separator.encode()
     for file in files:
         look = file.format == "txt" and settings.document != "separator"
         for document in read_documents(file, settings, advance):
-            count += 1
             if look and marker and marker in document:
                 where, marker = f"{file.path} holds {marker.decode()}", b""
                 note(f"{where}: does data.document: separator fit {path}?")
             yield document
-    if not count:
-        raise UserError(f"{path}: only white space: it has no document")

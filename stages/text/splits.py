@@ -8,15 +8,19 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from stages.common.commands import progress_bar
 from stages.common.errors import UserError, note
-from stages.common.settings import Data
+from stages.common.settings import Data, Runtime
 from stages.text.corpus import Documents, write_documents
+from stages.text.engine import in_tasks
 from stages.text.leakage import mixed
-from stages.text.sources import check_unchanged, find_files, read_source
+from stages.text.sources import SourceFile, check_unchanged, find_files, read_source, share_of
 
 import numpy as np
 from tqdm import tqdm
@@ -38,61 +42,95 @@ def sources_of(settings: Data) -> dict[str, str]:
     return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
-def write_splits(settings: Data, folder: Path, names: Iterable[str]) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+def write_splits(
+    settings: Data, folder: Path, names: Iterable[str], runtime: Runtime | None = None
+) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     """Writes NAME.arrow for each of some splits.
 
     Args:
         settings: the data group.
+        runtime: in how many tasks text is read, and who runs them; None: one, in this process.
     Returns:
         by split, how many documents `deduplicate` has left out, and a hash of each document, (n,) uint64.
     Raises:
         UserError: a source that can't be read or that changed meanwhile; a split without documents.
     """
-    sources = {name: path for name, path in sources_of(settings).items() if name in names}
-    hashes = write_sources(settings, folder, set(sources.values()))
-    documents = {name: Documents(source_name(path, hashes), folder) for name, path in sources.items()}
-    hashes = {name: hashes[path] for name, path in sources.items()}
-    parts = {name: part_of(name, hashes[name], settings) for name in sources}
-    for name, part in parts.items():
-        if not part.any():
-            what = f"raise data.{name}_fraction" if name != "train" else "lower data.valid_fraction and test_fraction"
-            raise UserError(
-                f"{sources[name]}: no document of {len(part):,} is left for {name}: {what}, or name another text"
-            )
-    whole = {name: int(part.sum()) for name, part in parts.items()}
-    if settings.deduplicate != "none":
-        drop_equal(parts, hashes)
-    if settings.deduplicate == "near" and "train" in parts:
-        drop_similar(documents, parts)
-    if "train" in parts and not parts["train"].any():
-        raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
-    for name, part in parts.items():
-        select(documents[name], part, folder / f"{name}.arrow")
-    for source in documents.values():
-        source.path.unlink(missing_ok=True)
+    paths = {name: path for name, path in sources_of(settings).items() if name in names}
+    with read_sources(settings, folder, set(paths.values()), runtime) as read:
+        sources = {name: read[path] for name, path in paths.items()}
+        hashes = {name: source.hashes for name, source in sources.items()}
+        parts = {name: part_of(name, hashes[name], settings) for name in sources}
+        for name, part in parts.items():
+            if not part.any():
+                held_out = name != "train"
+                what = f"raise data.{name}_fraction" if held_out else "lower data.valid_fraction and test_fraction"
+                raise UserError(
+                    f"{paths[name]}: no document of {len(part):,} is left for {name}: {what}, or name another text"
+                )
+        whole = {name: int(part.sum()) for name, part in parts.items()}
+        if settings.deduplicate != "none":
+            drop_equal(parts, hashes)
+        if settings.deduplicate == "near" and "train" in parts:
+            drop_similar(sources, parts)
+        if "train" in parts and not parts["train"].any():
+            raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
+        for name, part in parts.items():
+            select(sources[name], part, folder / f"{name}.arrow")
     dropped = {name: whole[name] - int(part.sum()) for name, part in parts.items()}
     return dropped, {name: hashes[name][part] for name, part in parts.items()}
 
 
-def write_sources(settings: Data, folder: Path, paths: set[str]) -> dict[str, np.ndarray]:
-    """Writes the documents of each source to a hidden file of the folder; returns by path their hashes."""
+@dataclass
+class Source:
+    """All documents of one path.
+
+    Args:
+        files: as tasks have written them, in order.
+        hashes: of each document, (n,) uint64.
+    """
+
+    files: list[Documents]
+    hashes: np.ndarray
+
+    def documents(self) -> Iterator[memoryview]:
+        return chain.from_iterable(file.documents() for file in self.files)
+
+
+@contextmanager
+def read_sources(settings: Data, folder: Path, paths: set[str], runtime: Runtime | None) -> Iterator[dict[str, Source]]:
+    """The documents of some paths, in hidden files for the time being."""
     files = {path: find_files(path, settings.document) for path in sorted(paths)}
-    shared = {path for path in (settings.valid_file, settings.test_file) if same(path, settings.train_file)}
-    total, hashes = sum(file.size for found in files.values() for file in found), {}
+    work = partial(write_share, settings=settings, files=files)
+    with in_tasks(work, folder, [], runtime) as parts:
+        sources = {}
+        for i, path in enumerate(files):
+            check_unchanged(path, settings.document, files[path])
+            hashes = [np.fromfile(part / f".{i}.hashes", "<u8") for part in parts]
+            source = Source([Documents(f".{i}", part) for part in parts], np.concatenate(hashes))
+            if not len(source.hashes):
+                raise UserError(f"{path}: only white space: it has no document")
+            if len(source.hashes) == 1 and path in shared(settings):
+                source = in_pieces(source, path, folder / f".{i}.pieces.arrow")
+            sources[path] = source
+        yield sources
+        for hidden in folder.glob(".*"):
+            hidden.unlink()
+
+
+def write_share(folder: Path, rank: int, tasks: int, settings: Data, files: dict[str, list[SourceFile]]) -> None:
+    """Writes the documents and hashes of one task's share of each path."""
+    shares = [share_of(found, rank, tasks, settings) for found in files.values()]
+    total = sum(file.stretch for share in shares for file in share)
     with progress_bar(total, "reading") as bar:
-        for path, found in files.items():
-            documents = read_source(path, found, settings, bar.update)
-            if any(same(path, other) for other in shared):
-                documents = cut_if_single(documents, path)
-            hashes[path] = np.empty(0, np.uint64)
-            hashes[path] = write_hashed(folder / f"{source_name(path, hashes)}.arrow", documents)
-            check_unchanged(path, settings.document, found)
-    return hashes
+        for i, (path, share) in enumerate(zip(files, shares)):
+            documents = read_source(path, share, settings, bar.update)
+            write_hashed(folder / f".{i}.arrow", documents).tofile(folder / f".{i}.hashes")
 
 
-def source_name(path: str, paths: Iterable[str]) -> str:
-    """The name of a source's file while the splits are made."""
-    return f".{list(paths).index(path)}"
+def shared(settings: Data) -> set[str]:
+    """The path out of which documents are held, if there is one."""
+    held_out = {os.path.normpath(path) for path in (settings.valid_file, settings.test_file)}
+    return held_out & {os.path.normpath(settings.train_file)}
 
 
 def same(path: str, other: str) -> bool:
@@ -142,14 +180,14 @@ def drop_equal(parts: dict[str, np.ndarray], hashes: dict[str, np.ndarray]) -> N
         parts["train"] &= ~np.isin(hashes["train"], np.concatenate([np.empty(0, np.uint64), *held_out]))
 
 
-def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) -> None:
+def drop_similar(sources: dict[str, Source], parts: dict[str, np.ndarray]) -> None:
     """Leaves no near-duplicate of a held-out document in train, and of each other the first."""
     from rensa import RMinHash, RMinHashDeduplicator
 
     known = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True, seed=MINHASH_SEED)
     for name in sorted(parts, key="train".__eq__):
         part = parts[name]
-        for i, document in enumerate(tqdm(documents[name].documents(), "comparing", len(part), disable=None)):
+        for i, document in enumerate(tqdm(sources[name].documents(), "comparing", len(part), disable=None)):
             if part[i]:
                 words = str(document, "utf-8").split()
                 words = words if len(words) > 1 else list("".join(words))  # text without spaces
@@ -160,32 +198,33 @@ def drop_similar(documents: dict[str, Documents], parts: dict[str, np.ndarray]) 
                 part[i] = new or name != "train"
 
 
-def select(source: Documents, part: np.ndarray, target: Path) -> None:
+def select(source: Source, part: np.ndarray, target: Path) -> None:
     """Writes those documents of a source that a split has, `part` (n,) bool."""
-    if part.all():
-        os.link(source.path, target)
+    if part.all() and len(source.files) == 1:
+        os.link(source.files[0].path, target)
     else:
         write_documents(target, (document for document, wanted in zip(source.documents(), part) if wanted))
 
 
-def cut_if_single(documents: Iterator[bytes], path: str) -> Iterator[bytes]:
-    """The documents, or if there is only one, pieces of it.
+def in_pieces(source: Source, path: str, target: Path) -> Source:
+    """A source of one document, in pieces of it.
 
     A piece ends at a paragraph (or line) whose hash says so, some PIECE_PARAGRAPHS after the last one: text that is
     added changes no other piece.
     """
-    first = list(islice(documents, 2))
-    if len(first) != 1:
-        yield from chain(first, documents)
-        return
-    (text,) = first
+
+    def pieces() -> Iterator[bytes]:
+        start = last = 0
+        for match in ends.finditer(text):
+            paragraph, last = text[last : match.start()], match.end()
+            if int.from_bytes(digest(paragraph)) % PIECE_PARAGRAPHS == 0:
+                yield text[start : match.start()]
+                start = last
+        if text[start:].strip():
+            yield text[start:]
+
+    text = bytes(next(source.documents()))
     ends = PARAGRAPH_END if PARAGRAPH_END.search(text) else LINE_END
     note(f"{path} is one document: it is held out of in pieces that end at paragraphs")
-    start = last = 0
-    for match in ends.finditer(text):
-        paragraph, last = text[last : match.start()], match.end()
-        if int.from_bytes(digest(paragraph)) % PIECE_PARAGRAPHS == 0:
-            yield text[start : match.start()]
-            start = last
-    if text[start:].strip():
-        yield text[start:]
+    hashes = write_hashed(target, pieces())
+    return Source([Documents(target.stem, target.parent)], hashes)

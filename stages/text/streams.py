@@ -14,21 +14,24 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from stages.common.commands import progress_bar
 from stages.common.errors import OneProcessError, UserError, note
-from stages.common.files import new_folder, write_json
+from stages.common.files import new_folder, write_json, write_text
 from stages.common.paths import BLOCKS
-from stages.common.settings import Data
+from stages.common.settings import Data, Runtime
 from stages.text.corpus import Documents
-from stages.text.encoding import Encoder, document_parts
+from stages.text.encoding import BATCH_BYTES, Encoder, document_parts, take
+from stages.text.engine import in_tasks
 from stages.text.splits import write_splits
-from stages.text.tokenizers import load_tokenizer
+from stages.text.tokenizers import COMPARED_BYTES, TextTokenizer, load_tokenizer
 
 import numpy as np
 
+CHUNK_BYTES = 1 << 22
 AGAIN = "make it again with `dvc repro tokenize_blocks` (or --force)"
 
 
@@ -140,7 +143,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_blocks(
-    splits: dict[str, Documents], tokenizer_folder: str | Path, target: str | Path, lossy: str = "allow"
+    splits: dict[str, Documents],
+    tokenizer_folder: str | Path,
+    target: str | Path,
+    lossy: str = "allow",
+    runtime: Runtime | None = None,
 ) -> dict:
     """Writes the token stream of each split, its counts, and meta.json.
 
@@ -149,31 +156,56 @@ def write_blocks(
         tokenizer_folder: a folder that `load_tokenizer` reads.
         target: the folder to make.
         lossy: refuse or allow: a tokenizer that doesn't give the exact text back.
+        runtime: in how many tasks, and who runs them; None: one, in this process.
     Returns:
         tokens, documents, bytes, words and sha256 of each split, and what of it isn't given back.
     Raises:
         UserError: a tokenizer that can't be read, or that changes the text and lossy is refuse.
     """
-    tokenizer = load_tokenizer(tokenizer_folder)
-    tokenizer.speed_up()
-    with new_folder(target) as folder:
-        encoders = {split: Encoder(tokenizer, str(documents.path), lossy) for split, documents in splits.items()}
-        counts = {
-            split: write_stream(folder / f"{split}.npy", encoder, splits[split]) for split, encoder in encoders.items()
-        }
-        meta = {
-            "tokenizer": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-        }
-        for name, content in {**counts, "meta": meta}.items():
-            write_json(folder / f"{name}.json", content)
-    say_changes(encoders)
+    paths = {split: documents.path for split, documents in splits.items()}
+    inputs = [*paths.values(), *sorted(Path(tokenizer_folder).glob("*"))]
+    work = partial(write_part, paths=paths, tokenizer_folder=str(tokenizer_folder), lossy=lossy)
+    with new_folder(target) as folder, in_tasks(work, folder, inputs, runtime) as parts:
+        counts = {split: join(folder / f"{split}.npy", parts, documents) for split, documents in splits.items()}
+        changes = {split: count.pop("first") for split, count in counts.items()}
+        for split, count in counts.items():
+            write_json(folder / f"{split}.json", count)
+        write_text(folder / "meta.json", (parts[0] / "meta.json").read_text())
+    say_changes(counts, changes)
     return counts
 
 
-def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
-    """Writes one split's stream to an .npy file, in memory that doesn't grow with the text."""
+def write_part(folder: Path, rank: int, tasks: int, paths: dict[str, Path], tokenizer_folder: str, lossy: str) -> None:
+    """Writes the share of one task: of each split, the stream and counts of as many record batches as each other's.
+
+    Args:
+        paths: the documents' file of each split.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.speed_up()
+    splits = {split: Documents(split, path.parent) for split, path in paths.items()}
+    if tasks > 1:
+        encode_beginning(tokenizer, splits)
+    for split, documents in splits.items():
+        share = range(*(documents.batches * i // tasks for i in (rank, rank + 1)))
+        encoder = Encoder(tokenizer, str(documents.path), lossy, partial(documents.count, range(share.start)))
+        opening = [tokenizer.end_of_text] if rank == 0 else []
+        write_json(folder / f"{split}.json", write_stream(folder / f"{split}.npy", encoder, documents, share, opening))
+    meta = {
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+    }
+    write_json(folder / "meta.json", meta)
+
+
+def write_stream(target: Path, encoder: Encoder, documents: Documents, share: range, opening: list[int]) -> dict:
+    """Writes one split's stream, or a share of it, to an .npy file, in memory that doesn't grow with the text.
+
+    Args:
+        share: which of the documents' record batches.
+        opening: ids before those of the first document.
+    """
     tokenizer = encoder.tokenizer
     dtype, tokens, digest = token_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
     with (
@@ -184,8 +216,9 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
         # A header has a fixed size, so it can be written again once the length is known.
         np.lib.format.write_array_header_1_0(file, header((0,), dtype))
         np.lib.format.write_array_header_1_0(sizes, header((0, 2), np.dtype(np.uint64)))
-        parts = chain.from_iterable(document_parts(text, encoder.path, tokenizer.cut) for text in documents.documents())
-        for ids in chain([np.array([tokenizer.end_of_text])], encoder.streams(parts)):
+        texts = documents.documents(share)
+        parts = chain.from_iterable(document_parts(text, encoder.path, tokenizer.cut) for text in texts)
+        for ids in chain([np.array(opening)], encoder.streams(parts)):
             ids = ids.astype(dtype)
             file.write(ids.data)
             digest.update(ids.data)
@@ -199,14 +232,53 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents) -> dict:
         np.lib.format.write_array_header_1_0(file, header((tokens,), dtype))
         sizes.seek(0)
         np.lib.format.write_array_header_1_0(sizes, header((encoder.documents, 2), np.dtype(np.uint64)))
-    counts = {"tokens": tokens, **{key: getattr(encoder, key) for key in ("documents", "bytes", "words")}}
-    if not tokenizer.loses_nothing:
-        changes = encoder.changes
-        counts["characters"] = encoder.characters
-        counts["changed_documents"] = changes.documents
-        counts["lost_characters"] = changes.characters
-        counts["unknown_tokens"] = changes.unknown
-    return counts | {"text": encoder.sha256.hexdigest(), "sha256": digest.hexdigest()}
+    return {"tokens": tokens} | encoder.counts() | {"sha256": digest.hexdigest(), "first": encoder.changes.first}
+
+
+def encode_beginning(tokenizer: TextTokenizer, splits: dict[str, Documents]) -> None:
+    """Lets each task decide by the same text whether a faster library has the same ids."""
+    texts = ((text, path) for path, documents in splits.items() for text in documents.documents())
+    parts = chain.from_iterable(document_parts(text, path, tokenizer.cut) for text, path in texts)
+    for _ in range(-(-COMPARED_BYTES // BATCH_BYTES)):
+        tokenizer.encode_batch([text for text, _ in take(parts)])
+
+
+def join(target: Path, parts: list[Path], documents: Documents) -> dict:
+    """One split's stream of the shares of all tasks; returns its counts."""
+    counts = [json.loads((part / f"{documents.name}.json").read_text()) for part in parts]
+    if parts == [target.parent]:
+        return counts[0]
+    first, before, text = None, 0, hashlib.sha256()
+    for count in counts:
+        if first is None and count["first"]:
+            first = [before + count["first"][0], *count["first"][1:]]
+        before += count["documents"]
+    with progress_bar(documents.size, f"joining {documents.name}") as bar:
+        for document in documents.documents():
+            text.update(document)
+            text.update(len(document).to_bytes(8, "little"))
+            bar.update(len(document))
+    total = {key: sum(count[key] for count in counts) for key in counts[0] if key not in ("text", "sha256", "first")}
+    sha256 = join_arrays(target, [part / target.name for part in parts], total["tokens"])
+    sizes = target.with_suffix(".documents.npy")
+    join_arrays(sizes, [part / sizes.name for part in parts], total["documents"])
+    return total | {"text": text.hexdigest(), "sha256": sha256, "first": first}
+
+
+def join_arrays(target: Path, parts: list[Path], rows: int) -> str:
+    """Writes the arrays of .npy files one after the other; returns the SHA-256 of their bytes."""
+    digest = hashlib.sha256()
+    with target.open("wb") as file:
+        for i, part in enumerate(parts):
+            with part.open("rb") as source:
+                np.lib.format.read_magic(source)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(source)
+                if i == 0:
+                    np.lib.format.write_array_header_1_0(file, header((rows, *shape[1:]), dtype))
+                while chunk := source.read(CHUNK_BYTES):
+                    file.write(chunk)
+                    digest.update(chunk)
+    return digest.hexdigest()
 
 
 def token_figures(counts: dict) -> dict:
@@ -225,15 +297,19 @@ def token_figures(counts: dict) -> dict:
     }
 
 
-def say_changes(encoders: dict[str, Encoder]) -> None:
-    """One note on a tokenizer that doesn't give the exact text back."""
-    changed = {split: encoder for split, encoder in encoders.items() if encoder.changes.documents}
+def say_changes(counts: dict[str, dict], first: dict[str, tuple[int, str, str] | None]) -> None:
+    """One note on a tokenizer that doesn't give the exact text back.
+
+    Args:
+        counts: what `write_blocks` returns.
+        first: the first difference in each split.
+    """
+    changed = [split for split in counts if first[split]]
     if changed:
-        split, encoder = next(iter(changed.items()))
-        number, text, back = encoder.changes.first
-        many = ", ".join(f"{e.changes.documents:,} of {e.documents:,} {name}" for name, e in changed.items())
+        number, text, back = first[changed[0]]
+        many = ", ".join(f"{counts[s]['changed_documents']:,} of {counts[s]['documents']:,} {s}" for s in changed)
         note(
-            f"the tokenizer changes the text of {many} documents, first {text!r} to {back!r} in {split} document "
+            f"the tokenizer changes the text of {many} documents, first {text!r} to {back!r} in {changed[0]} document "
             f"{number:,}: bytes and words are those of the original text"
         )
 

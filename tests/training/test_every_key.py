@@ -53,6 +53,9 @@ ELSEWHERE = {
     "trainer.strategy": "test_scale.py",
     "optimizer.decay_fraction": "test_longer.py",
     "runtime.keep_trunks": "test_longer.py",
+    "runtime.tasks": "../text/test_engine.py",
+    "runtime.executor": "../text/test_engine.py",
+    "runtime.executor_options": "../text/test_engine.py",
 }
 
 
