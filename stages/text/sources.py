@@ -106,28 +106,33 @@ def next_document(file: SourceFile, at: int, settings: Data) -> int:
     the file's beginning tells (compressed, CSV, Parquet)."""
     if at <= 0:
         return 0
-    between = border(file, settings)
+    between, overlap = border(file, settings)
     with open(file.path, "rb") as raw:
         raw.seek(at)
+        window = b""
         while between and at < file.size and (chunk := raw.read(CHUNK_BYTES)):
-            # One that lies across two chunks is passed over: the next one will do.
-            if match := between.search(chunk):
-                return raw.tell() - len(chunk) + match.end()
+            window += chunk
+            # What begins here may end in the next chunk: a later `at` must not find an earlier place.
+            end = len(window.rstrip()) if between is BLANK_LINES else len(window)
+            if match := between.search(window, 0, end):
+                return raw.tell() - len(window) + match.end()
+            window = window[max(0, end - overlap) :]
     return file.size
 
 
-def border(file: SourceFile, settings: Data) -> re.Pattern | None:
-    """What stands between the documents of a file, if that can be told anywhere in it."""
+def border(file: SourceFile, settings: Data) -> tuple[re.Pattern | None, int]:
+    """What stands between the documents of a file, if that can be told anywhere in it, and how many bytes of it may
+    stand before the end of a chunk in which there is none."""
     marker = settings.separator.encode()
     if file.compression or file.format not in ("txt", "jsonl"):
-        return None
+        return None, 0
     if file.format == "jsonl" or settings.document == "line":
-        return LINE_END
+        return LINE_END, 0
     if settings.document != "separator":
-        return BLANK_LINES if settings.document == "blank_line" else None
-    # Where markers overlap, only the file's beginning tells which of them count.
-    overlap = any(marker.endswith(marker[:i]) for i in range(1, len(marker)))
-    return None if overlap else re.compile(re.escape(marker))
+        return (BLANK_LINES if settings.document == "blank_line" else None), 0
+    if any(marker.endswith(marker[:i]) for i in range(1, len(marker))):
+        return None, 0  # where markers overlap, only the file's beginning tells which of them count
+    return re.compile(re.escape(marker)), len(marker) - 1
 
 
 def find_files(path: str, document: str) -> list[SourceFile]:

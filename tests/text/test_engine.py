@@ -27,6 +27,8 @@ lines = st.lists(
 
 
 @example(b"eeeee" * 4, "separator", "ee", 4, 3)
+@example(b"", "separator", "<|e|>", 6, 5)
+@example(b"", "blank_line", "a", 3, 20)
 @settings(max_examples=200, deadline=None)
 @given(
     lines.map("".join).map(str.encode),
