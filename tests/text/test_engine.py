@@ -26,7 +26,7 @@ lines = st.lists(
 )
 
 
-@example(b"eeeee" * 4, "separator", "ee", 4, 3)
+@example(b"eeeee" * 4, "separator", "ee", 4, 4)
 @example(b"", "separator", "<|e|>", 6, 5)
 @example(b"", "blank_line", "a", 3, 20)
 @settings(max_examples=200, deadline=None)
