@@ -67,7 +67,7 @@ def text(verdict: dict, a: Run, b: Run) -> str:
 
 
 def listed(seeds: list) -> str:
-    return ", ".join(map(str, seeds))
+    return ", ".join(map(str, sorted(seeds)))
 
 
 def finite(tree: Any) -> Any:
