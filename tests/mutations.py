@@ -44,10 +44,12 @@ ROOMS = {
         **dict.fromkeys(("commands", "errors", "hub", "memory", "plain_yaml", "settings"), SETTINGS),
         "devices": "common/settings model/evaluate",
         "files": "common/files project/inputs",
+        "processes": "training/launchers",
     }),
     "stages/text": (TEXT, {
         **dict.fromkeys(("corpus", "leakage", "sources", "splits"), "text/corpus"),
         **dict.fromkeys(("encoding", "streams", "tokenizers"), TOKENS),
+        "engine": "text/engine",
     }),
     "stages/model": (["train", "evaluate"], {
         "gpt2": "model/gpt2 model/ops tools/generate training/definitions project/inputs",
@@ -66,6 +68,7 @@ ROOMS = {
         "lightning_internals": f"training/lightning_internals {RESUME}",
         "model_card": "training/definitions training/figures project/share",
         "module": "training/definitions training/training training/figures",
+        "sharded": "training/scale",
         "trainer": "training/figures project/inputs",
     }),
     "stages/watch": (["train"], {"progress": "watch/history", "summary": "watch/history training/definitions"}),

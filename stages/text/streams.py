@@ -237,10 +237,11 @@ def write_stream(target: Path, encoder: Encoder, documents: Documents, share: ra
 
 def encode_beginning(tokenizer: TextTokenizer, splits: dict[str, Documents]) -> None:
     """Lets each task decide by the same text whether a faster library has the same ids."""
-    texts = ((text, path) for path, documents in splits.items() for text in documents.documents())
-    parts = chain.from_iterable(document_parts(text, path, tokenizer.cut) for text, path in texts)
+    documents = ((document, path) for path, split in splits.items() for document in split.documents())
+    parts = chain.from_iterable(document_parts(document, path, tokenizer.cut) for document, path in documents)
     for _ in range(-(-COMPARED_BYTES // BATCH_BYTES)):
-        tokenizer.encode_batch([text for text, _ in take(parts)])
+        if texts := [text for text, _ in take(parts)]:
+            tokenizer.encode_batch(texts)
 
 
 def join(target: Path, parts: list[Path], documents: Documents) -> dict:
