@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -300,11 +300,13 @@ def busy(shape: Shape = "default", rounds: int = 5, seconds: float = 3.0, waits:
         waits: contenders: "as it is", or an environment variable as NAME=VALUE, for OpenMP's ways to wait.
     """
     print(f"busy, {shape}:", flush=True)
-    with project(shape) as (folder, params):
-        params["trainer"] |= TURNS | {"max_epochs": 100}
-        write_params(folder, params)
+    with ExitStack() as projects:
         rows, stages = [], []
         for wait in waits:
+            # Each in a folder of its own: two trainings never work in one, the second would wait for the first.
+            folder, params = projects.enter_context(project(shape))
+            params["trainer"] |= TURNS | {"max_epochs": 100}
+            write_params(folder, params)
             environment = dict([wait.split("=")]) if "=" in wait else {}
             stages.append(Contender(wait, "stages.train", cwd=folder, environment=environment))
             stages[-1].turn(0.5, 4)
@@ -326,7 +328,8 @@ def busy(shape: Shape = "default", rounds: int = 5, seconds: float = 3.0, waits:
             tokens_s = [spread([tokens * rate for rate in some], "{:,.0f}") for some in (quiet, beside)]
             rows.append([wait, *tokens_s, percent(ratios(beside, quiet))])
         columns = ["contender", "quiet, tokens/s", "beside a busy process a core", "kept"]
-        command = f"python -m benchmarks.run busy --rounds {rounds} --seconds {seconds:g}"
+        command = f"python -m benchmarks.run busy --shape {shape} --rounds {rounds} --seconds {seconds:g}"
+        command += f" --waits '{json.dumps(waits)}'"
         record(f"On a busy machine, {shape}", command, table(columns, rows))
 
 
