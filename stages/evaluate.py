@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from stages.common.checkpoint_files import filled, in_parts, mapped
 from stages.common.devices import device_of
 from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import write_json, write_text
@@ -120,12 +121,13 @@ def load_checkpoint(path: Path) -> tuple[GPT2LMHeadModel, Path]:
     Raises:
         UserError: it is neither, or damaged, or a pickle that would run code.
     """
-    if path.is_dir():
+    if path.is_dir() and not in_parts(path):
         return load_model(path), path
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = mapped(path)
         model = GPT2LMHeadModel(GPT2Config.from_dict(checkpoint["gpt2_config"]))
-        weights = {name.removeprefix("model."): weight for name, weight in checkpoint["state_dict"].items()}
+        weights = filled(path, checkpoint["state_dict"])
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
         model.load_state_dict(weights)
     except FileNotFoundError:
         raise UserError(f"--model: {path}: no such file or folder") from None

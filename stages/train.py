@@ -122,7 +122,8 @@ def fit(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, checkpoints:
     if trainer.is_global_zero:
         print_start(trainer, module, blocks, resume)
     if resume == checkpoints.final:
-        checkpoints.load_final(history)
+        if trainer.is_global_zero:
+            checkpoints.load_final(history)
     else:
         trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
 

@@ -19,7 +19,7 @@ def main() -> None:
     clean = command.parse_args().clean
     lock = training_lock(wait=False) if clean else None
     for folder in sorted(CHECKPOINTS.glob("*/")):
-        size = sum(file.stat().st_size for file in folder.rglob("*"))
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         newest = max(folder.glob("*-*.ckpt"), key=step_of, default=None)
         kind = "start of a cooldown, step" if newest and newest.name.startswith("trunk") else "step"
         step = f"{kind} {step_of(newest):,}" if newest else "no checkpoint"

@@ -6,6 +6,7 @@ from typing import Any
 
 from stages.common.errors import UserError
 from stages.model import gpt2
+from stages.model.optimizers import whole
 
 import torch
 from pytorch_lightning import Trainer
@@ -58,10 +59,14 @@ class BestWeights(Callback):
     def keep(self, trainer: Trainer) -> None:
         """Copies the weights, whole and on the CPU, in the first process."""
         weights = trainer.strategy.lightning_module_state_dict()
-        if trainer.is_global_zero:
-            if trainer.lightning_module.model.config.tie_word_embeddings:
-                del weights["model.lm_head.weight"]  # the embeddings are the same tensor
-            self.weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+        if trainer.lightning_module.model.config.tie_word_embeddings:
+            del weights["model.lm_head.weight"]  # the embeddings are the same tensor
+        kept = {}
+        for name, weight in weights.items():
+            weight = whole(weight.detach())
+            if trainer.is_global_zero:
+                kept[name] = weight.to("cpu", copy=True)
+        self.weights = kept or None
 
     def export(self, model: GPT2LMHeadModel, folder: Path) -> None:
         """Writes a Hugging Face folder with the weights."""

@@ -15,11 +15,11 @@ import random
 import signal
 import sys
 import time
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
+from stages.common.checkpoint_files import delete, filled, mapped, put, verify
 from stages.common.errors import UserError, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
@@ -38,7 +38,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 SAID = "GPT2_RESUME_FROM"  # the environment variable with which the first process tells the others
 KEPT = 2  # when the newest is damaged, the one before it serves
-ASIDE_BYTES = 1 << 30  # a checkpoint with so many bytes of weights is written while training goes on
+# A checkpoint with so many bytes of weights is written while training goes on; with fsdp, in a folder.
+ASIDE_BYTES = 1 << 30
 LONG_VALIDATION_SECONDS = 10  # clusters leave half a minute between SIGTERM and SIGKILL
 
 
@@ -97,7 +98,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.writing = ThreadPoolExecutor(1).submit(write, copied(checkpoint), Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        return mapped(path)
+        return filled(path, mapped(path))
 
     def teardown(self) -> None:
         """Waits for what is being written."""
@@ -113,7 +114,7 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         torch.save(checkpoint, temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
@@ -132,11 +133,6 @@ def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
         return copies[key]
 
     return apply_to_collection(checkpoint, torch.Tensor, copy)
-
-
-def mapped(path: str | Path) -> dict[str, Any]:
-    """A checkpoint whose tensors stay in the file until they are copied."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 class Signals:
@@ -248,13 +244,11 @@ class Checkpoints(Callback):
         """The newest checkpoint of this run whose bytes are those that were written; damaged ones are passed over."""
         for folder in filter(None, (self.folder, self.trunk)):
             for unfinished in folder.glob(".*.tmp"):
-                unfinished.unlink()
+                delete(unfinished)
         for path in self.resumable():
             identity = self.trunk_identity if path.parent == self.trunk else self.identity
             try:
-                with zipfile.ZipFile(path) as archive:
-                    if damaged := archive.testzip():
-                        raise ValueError(f"{damaged} doesn't match its checksum")
+                verify(path)
                 if mapped(path)["identity"] != identity:
                     raise ValueError("it belongs to another run")
                 return path
@@ -365,14 +359,14 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.final)
         if self.trunk and trainer.is_global_zero:
             for served in self.trunk.glob("step-*.ckpt"):
-                served.unlink()
+                delete(served)
         self.seconds += time.monotonic() - self.started
 
     def load_final(self, history: History) -> None:
         """The state at the end of a run that DVC has not recorded."""
-        checkpoint = mapped(self.final)
+        states = filled(self.final, mapped(self.final)["callbacks"])
         for callback in (self, self.best, history):
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            callback.load_state_dict(states[callback.state_key])
 
 
 def copy_from_file(optimizers: list[torch.optim.Optimizer]) -> None:
@@ -418,8 +412,8 @@ def remove_older_finished(run: Path) -> None:
                 remove(file)
 
 
-def remove(file: Path) -> None:
-    """Deletes a checkpoint, and its folder when it was the last one there."""
-    file.unlink()
-    if not any(file.parent.iterdir()):
-        file.parent.rmdir()
+def remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint, and its run's folder when it was the last one there."""
+    delete(checkpoint)
+    if not any(checkpoint.parent.iterdir()):
+        checkpoint.parent.rmdir()

@@ -1,13 +1,21 @@
-"""FSDP2: weights, gradients and optimizer state in parts over all processes, with the checkpoints of one process."""
+"""FSDP2: weights, gradients and optimizer state in parts over all processes; others can go on from its checkpoints."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from stages.common.checkpoint_files import filled, in_parts, mapped
 from stages.model.gpt2 import call_blocks
 from stages.model.optimizers import whole
+from stages.training import checkpoints
 from stages.training import lightning_internals as internals
+from stages.training.best import BestWeights
 from stages.training.module import LanguageModel
+from stages.training.parts import apart, write_parts
 
 import torch
+import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
@@ -35,7 +43,9 @@ class ShardedModel(LanguageModel):
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's for FSDP2, whose checkpoints are those of one process: others can go on from them."""
+    """Lightning's for FSDP2, with small checkpoints as those of one process, and large ones in parts."""
+
+    group: dist.ProcessGroup | None = None  # for what is written in parts while training goes on
 
     def __init__(self) -> None:
         super().__init__(save_distributed_checkpoint=False)
@@ -45,10 +55,26 @@ class ShardedStrategy(ModelParallelStrategy):
         return True  # Lightning's own way has the optimizer's state under other numbers than one process has it
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.gathered(self.lightning_module.state_dict(keep_vars=True))
+        return self.lightning_module.state_dict(keep_vars=True)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return self.gathered(optimizer.state_dict())
+        return optimizer.state_dict()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As one file of the first process where it is small, else a part of each process, while training goes on."""
+        if sum(weight.nbytes for weight in checkpoint["state_dict"].values()) < checkpoints.ASIDE_BYTES:
+            large = ("state_dict", "optimizer_states")
+            gathered = {name: self.gathered(checkpoint[name]) for name in large if name in checkpoint}
+            super().save_checkpoint(checkpoint | gathered, filepath, storage_options)
+            return
+        self.checkpoint_io.teardown()
+        self.group = self.group or dist.new_group(backend="gloo")
+        rest, parts = apart(checkpoint)
+        path = Path(self.broadcast(filepath))
+        rest = checkpoints.copied(rest) if self.is_global_zero else {}
+        self.checkpoint_io.writing = ThreadPoolExecutor(1).submit(write_parts, parts, rest, path, self.group)
+        if path.name == "final.ckpt":
+            self.checkpoint_io.teardown()
 
     def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
         """The state with whole tensors on the CPU, in the first process; with none in the others."""
@@ -63,7 +89,16 @@ class ShardedStrategy(ModelParallelStrategy):
         return apply_to_collection(state, Tensor, first_only)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        if not in_parts(checkpoint_path):
+            return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        checkpoint, weights = mapped(checkpoint_path), self.lightning_module.state_dict()
+        own = {key: weights[name] for name, key in checkpoint["state_dict"].items()}
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            for _, weight, state in states(optimizer, saved):
+                own |= {key: torch.empty_like(weight).detach() for key in state.values() if isinstance(key, str)}
+        if not self.is_global_zero:
+            checkpoint["callbacks"][BestWeights().state_key]["weights"] = None
+        return filled(checkpoint_path, checkpoint, own)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         own = self.lightning_module.state_dict()
@@ -73,11 +108,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            numbers = [number for group in saved["param_groups"] for number in group["params"]]
-            weights = [weight for group in optimizer.param_groups for weight in group["params"]]
             state = {
-                number: {name: part(value, weight) for name, value in saved["state"][number].items()}
-                for number, weight in zip(numbers, weights, strict=True)
+                number: {name: part(value, weight) for name, value in values.items()}
+                for number, weight, values in states(optimizer, saved)
             }
             optimizer.load_state_dict(saved | {"state": state})
 
@@ -86,8 +119,16 @@ class ShardedStrategy(ModelParallelStrategy):
         self.checkpoint_io.teardown()
 
 
+def states(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """The number of each weight in an optimizer's saved state, the weight, and its state there."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, weight in zip(numbers, weights, strict=True):
+        yield number, weight, saved["state"][number]
+
+
 def part(value: Any, like: Tensor) -> Any:
     """What this process holds of what has the shape of a weight; each process cuts it out itself."""
-    if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
+    if isinstance(value, DTensor) or not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
