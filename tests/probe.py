@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 from stages.model import optimizers
-from stages.training import checkpoints
 
 import numpy as np
 import torch
@@ -88,13 +87,6 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-class InParts(Callback):
-    """Makes a checkpoint of any size a large one."""
-
-    def __init__(self):
-        checkpoints.ASIDE_BYTES = 0
 
 
 class Shares(Callback):

@@ -1,0 +1,249 @@
+"""Large checkpoints under FSDP: folders that processes write together while training goes on. CPU, gloo."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stages import train
+from stages.common import checkpoint_files
+from stages.training import checkpoints, sharded
+
+import faults
+import pytest
+import safetensors.torch
+import torch
+from conftest import digests, run_stage, set_params, train_inputs
+from warm import status_of
+
+SETTINGS = [
+    *("trainer.accelerator=cpu", "trainer.max_steps=8", "trainer.val_check_interval=2", "optimizer.name=muon"),
+    *("optimizer.batch_size=6", "runtime.checkpoint_every_n_steps=2", "runtime.enable_progress_bar=false"),
+]
+MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
+
+
+def together(project: Path, count: int, prepare: Callable[[int], None] = lambda rank: None) -> tuple[list[int], str]:
+    """Trains in forks of this process, as torchrun would start them; each one's status, and what they print.
+
+    Args:
+        prepare: is called in each with its rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = project / "train.log"
+    log.write_text("")
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            try:
+                os.chdir(project)
+                file = os.open("train.log", os.O_WRONLY | os.O_APPEND)
+                os.dup2(file, 1), os.dup2(file, 2)
+                sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+                numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+                if count > 1:
+                    os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+                sys.argv = ["train", f"--trainer.devices={count}"]
+                checkpoints.ASIDE_BYTES = 0
+                prepare(rank)
+                os._exit(status_of("stages.train"))
+            finally:
+                os._exit(1)
+        children.append(child)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return statuses, log.read_text()
+
+
+def after_step(step: int, do: Callable[[], None]) -> None:
+    """Makes this process do something after a step."""
+    after = train.History.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *rest):
+        after(self, trainer, *rest)
+        if trainer.global_step == step:
+            do()
+
+    train.History.on_train_batch_end = on_train_batch_end
+
+
+def held_back(name: str, step: int) -> None:
+    """Makes this process write its part of a checkpoint only after a later step."""
+    later, write = threading.Event(), sharded.write_parts
+
+    def late(parts, rest, path, group):
+        assert path.name != name or later.wait(60)
+        write(parts, rest, path, group)
+
+    sharded.write_parts = late
+    after_step(step, later.set)
+
+
+@pytest.fixture(scope="module")
+def fresh(built, tmp_path_factory) -> Path:
+    project = train_inputs(built, tmp_path_factory.mktemp("fresh") / "project")
+    set_params(project, *SETTINGS, "trainer.strategy=fsdp")
+    return project
+
+
+@pytest.fixture(scope="module")
+def whole(fresh, tmp_path_factory) -> Path:
+    """Trained by two processes, never stopped."""
+    project = shutil.copytree(fresh, tmp_path_factory.mktemp("whole") / "project")
+    statuses, log = together(project, 2)
+    assert statuses == [0, 0], log
+    return project
+
+
+@pytest.fixture(scope="module")
+def stopped(fresh, tmp_path_factory) -> Path:
+    """Stopped by SIGTERM at step 3."""
+    project = shutil.copytree(fresh, tmp_path_factory.mktemp("stopped") / "project")
+
+    def prepare(rank: int) -> None:
+        if rank == 1:
+            after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    statuses, log = together(project, 2, prepare)
+    assert statuses == [128 + signal.SIGTERM, 0] and "stopped by SIGTERM at step 3" in log, log
+    return project
+
+
+@pytest.fixture
+def project(stopped, tmp_path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "project")
+
+
+def newest(project: Path) -> Path:
+    return faults.checkpoint_files(project)[-1]
+
+
+def same_but_for_rounding(project: Path, whole: Path) -> None:
+    got, wanted = (safetensors.torch.load_file(folder / "models/gpt2/model.safetensors") for folder in (project, whole))
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-4)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bytes(project, whole):
+    folder = newest(project)
+    assert {file.name for file in folder.iterdir()} == {
+        *("__0_0.distcp", "__1_0.distcp", ".metadata", "rest.pt", "checksums.json"),
+    }
+    rest = checkpoint_files.mapped(folder)
+    assert len(rest["identity"]) == 64 and rest["gpt2_config"]["n_layer"] == 2
+    assert set(map(type, rest["state_dict"].values())) == {str}
+
+    def prepare(rank: int) -> None:
+        held_back("step-000000004.ckpt", step=5)
+
+        def killed() -> None:
+            while not folder.with_name("step-000000004.ckpt").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if rank == 1:
+            after_step(6, killed)
+
+    statuses, log = together(project, 2, prepare)
+    assert statuses == [1, -signal.SIGKILL], log
+    assert log.count("error: one of the 2 processes of this training has ended") == 1 and "Traceback" not in log, log
+    assert "step-000000003.ckpt\n" in log
+    unfinished = folder.with_name(".step-000000008.ckpt.tmp")
+    unfinished.mkdir(exist_ok=True)
+    (unfinished / "__0_0.distcp").touch()
+    statuses, log = together(project, 2)
+    assert statuses == [0, 0] and "step-000000004.ckpt\n" in log, log
+    assert digests(project, *MADE) == digests(whole, *MADE)
+    names = [file.name for file in sorted(folder.parent.iterdir())]
+    assert names == ["final.ckpt", *(f"step-{step:09d}.ckpt" for step in (3, 4, 6))]
+
+
+def test_others_go_on_with_it_where_it_is_not_damaged(project, whole, tmp_path):
+    one = shutil.copytree(project, tmp_path / "one")
+    part = newest(project) / "__1_0.distcp"
+    raw = bytearray(part.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    part.write_bytes(raw)
+    statuses, log = together(project, 3)
+    assert statuses == [0, 0, 0], log
+    said = "step-000000003.ckpt is passed over: __1_0.distcp doesn't match its checksum"
+    assert log.count(said) == 1 and "step-000000002.ckpt\n" in log, log
+    same_but_for_rounding(project, whole)
+
+    set_params(one, "trainer.strategy=auto")
+    statuses, log = together(one, 1)
+    assert statuses == [0] and "step-000000003.ckpt\n" in log, log
+    same_but_for_rounding(one, whole)
+    assert newest(one).is_file()
+
+
+def test_it_is_measured_listed_and_deleted(built, whole, tmp_path):
+    """At the end the last weights are the best."""
+    (final,) = whole.glob("models/checkpoints/*/final.ckpt")
+    status, figures, err = run_stage(built, "evaluate", "--model", str(final))
+    assert status == 0, err
+    assert run_stage(built, "evaluate", "--model", str(whole / "models/gpt2"))[1] == figures
+    project = shutil.copytree(whole, tmp_path / "project")
+    status, listed, err = run_stage(project, "tools.checkpoints", "--clean")
+    size = sum(file.stat().st_size for file in whole.glob("models/checkpoints/*/*/*")) / 2**20
+    assert status == 0 and f": finished, {size:.1f} MiB, deleted" in listed, (listed, err)
+    assert not list(project.glob("models/checkpoints/*/"))
+
+
+def test_the_model_of_a_finished_run_is_exported_again(whole, tmp_path):
+    project = shutil.copytree(whole, tmp_path / "project")
+    shutil.rmtree(project / "models/gpt2")
+    statuses, log = together(project, 2)
+    assert statuses == [0, 0] and "final.ckpt\n" in log, log
+    assert digests(project, *MADE) == digests(whole, *MADE)
+
+
+@pytest.mark.parametrize("damage", ["code", "missing"])
+def test_what_is_no_checkpoint_is_refused_in_a_line(built, whole, tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(next(whole.glob("models/checkpoints/*/final.ckpt")), tmp_path / "x.ckpt")
+    if damage == "code":
+        (folder / ".metadata").write_bytes(pickle.dumps(faults.Hostile()))
+    else:
+        (folder / "__1_0.distcp").unlink()
+    status, out, err = run_stage(built, "evaluate", "--model", str(folder))
+    assert status == 1 and "is no checkpoint of this project's train stage" in err and err.count("\n") == 1, err
+    assert not (built / "hostile").exists()
+
+
+def test_a_full_disk_is_said_in_a_line(fresh, tmp_path):
+    """Only the second process can't write."""
+    project = shutil.copytree(fresh, tmp_path / "project")
+
+    def prepare(rank: int) -> None:
+        import resource
+
+        if rank == 1:
+            after_step(1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)))
+
+    statuses, log = together(project, 2, prepare)
+    assert statuses == [1, 1] and "Traceback" not in log, log
+    assert log.count("error: ") == 1 and "step-000000002.ckpt: can't be written" in log, log
+    assert not list(project.glob("models/checkpoints/*/*"))
+
+
+def test_a_checkpoint_of_the_other_kind_gives_way(tmp_path):
+    file, folder, path = tmp_path / "file", tmp_path / "folder", tmp_path / "step-000000001.ckpt"
+    for made in (file, folder, file, folder, folder):
+        file.write_text(json.dumps({}))
+        folder.mkdir(exist_ok=True)
+        (folder / "rest.pt").touch()
+        checkpoint_files.put(made, path)
+        assert path.is_dir() == (made == folder) and not made.exists()
+    checkpoint_files.delete(path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
