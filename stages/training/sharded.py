@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from stages.common.settings import Settings
 from stages.model.gpt2 import call_blocks
 from stages.model.optimizers import whole
 from stages.training import lightning_internals as internals
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import GPT2LMHeadModel
 
 
 class ShardedModel(LanguageModel):
@@ -32,6 +34,11 @@ class ShardedModel(LanguageModel):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.set_requires_gradient_sync(internals.steps_after(self.trainer, batch_idx))
+
+
+def module_of(model: GPT2LMHeadModel, settings: Settings) -> LanguageModel:
+    """The model as Lightning trains it with `trainer.strategy`."""
+    return (ShardedModel if settings.trainer.strategy == "fsdp" else LanguageModel)(model, settings)
 
 
 class ShardedStrategy(ModelParallelStrategy):
