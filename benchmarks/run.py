@@ -155,6 +155,34 @@ N = {N:,}, {flops / 1e6:,.1f} MFLOP a token.
 {bars_table(bars)}"""
 
 
+def optimizers(shapes: list[Shape] = ["byte", "default", "wide-bf16"], rounds: int = 5, seconds: float = 3.0) -> None:  # noqa: B006
+    """What a step with Muon takes beside one with AdamW, in the train stage.
+
+    Args:
+        shapes: which shapes.
+        rounds: turns of each contender.
+        seconds: length of a turn.
+    """
+    for shape in shapes:
+        with ExitStack() as projects:
+            print(f"optimizers, {shape}:", flush=True)
+            stages = []
+            for name in ("muon", "adamw"):
+                folder, params = projects.enter_context(project(shape))
+                params["optimizer"]["name"] = name
+                params["trainer"] |= TURNS | {"max_epochs": 100}
+                write_params(folder, params)
+                stages.append(Contender(name, "stages.train", cwd=folder))
+            rates, note = interleave(stages, rounds, seconds, 4)
+            bars = [at_most("a step with Muon / with AdamW", ratio_of(rates, "adamw", "muon"), 1.10)]
+            tokens = params["model"]["block_size"] * params["optimizer"]["batch_size"]
+            command = (
+                f"python -m benchmarks.run optimizers --shapes '[{shape}]' --rounds {rounds} --seconds {seconds:g}"
+            )
+            body = f"{rates_table(rates, tokens, 'tokens/s')}\n\n{table(BARS, bars)}\n\n{note}"
+            record(f"Optimizers, {shape}", command, body)
+
+
 def quality(shapes: list[Shape] = HERE, steps: int = 60) -> None:
     """Loss curves: what the train stage does for speed beside a plain float32 eager run.
 
@@ -491,6 +519,7 @@ def all_sections(rounds: int = 5) -> None:
         rounds: turns of each contender.
     """
     training(rounds=rounds)
+    optimizers(rounds=rounds)
     quality()
     evaluation(rounds=rounds)
     tokenizing(rounds=rounds)
@@ -686,10 +715,10 @@ same time: don't compare them.
 
 Training tokens per second are steady-state: start-up and compiling come before the first round. The
 validation that only the train stage does is not counted; its logging, progress line and the saving of
-checkpoints are. All train with AdamW, at a learning rate of 1e-3 (GPT-2's shapes: 6e-4). Utilisation is a
-token's FLOPs times tokens per second, over the rate of a large square matrix product in the same precision.
-A token takes 6 N + 12 L C T FLOPs, forward and backward: N = 12 L C² + V C weights in matrix products (the
-tied embeddings count once, as the output layer), and attention to T positions as if it weren't causal
+checkpoints are. All train with AdamW, at a learning rate of 1e-3 (GPT-2's shapes: 6e-4), but where the optimizers
+are compared. Utilisation is a token's FLOPs times tokens per second, over the rate of a large square matrix product
+in the same precision. A token takes 6 N + 12 L C T FLOPs, forward and backward: N = 12 L C² + V C weights in matrix
+products (the tied embeddings count once, as the output layer), and attention to T positions as if it weren't causal
 (appendix B of the PaLM paper, https://arxiv.org/abs/2204.02311).
 """
 
@@ -700,6 +729,7 @@ if __name__ == "__main__":
             "all": all_sections,
             "quick": quick,
             "training": training,
+            "optimizers": optimizers,
             "quality": quality,
             "evaluation": evaluation,
             "tokenizing": tokenizing,

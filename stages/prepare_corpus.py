@@ -60,7 +60,7 @@ def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], droppe
     sets["train"], lengths["train"] = measure(splits["train"], seen)
     leakage = {}
     for name in held_out:
-        total, found = np.hstack([seen.by_document(batch) for batch in splits[name]])
+        total, found = np.hstack([seen.by_document(batch) for batch in splits[name].read()])
         share = found / np.maximum(total, 1)
         worst = [i for i in np.argsort(-share, kind="stable")[:WORST_DOCUMENTS] if share[i]]
         leakage[name] = {
@@ -91,7 +91,7 @@ def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.nd
     count = size = words = longest = 0
     lengths = np.zeros(64, np.int64)
     with progress_bar(documents.size, "measuring") as bar:
-        for batch in documents:
+        for batch in documents.read():
             each = np.diff(batch.offsets)
             count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))
             words += count_words(batch)

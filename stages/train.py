@@ -26,7 +26,7 @@ from stages.training.history import History
 from stages.training.identity import run_identity
 from stages.training.model_card import model_card
 from stages.training.module import LanguageModel
-from stages.training.sharded import ShardedModel
+from stages.training.sharded import module_of
 from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries
 from stages.watch.progress import Live, make_loggers
 from stages.watch.summary import print_start, print_summary, write_run_figures
@@ -45,8 +45,7 @@ def main() -> None:
     identity, trunk = run_identity(settings, train, valid)
     best, history = BestWeights(), History()
     checkpoints = Checkpoints(identity, train.tokenizer, settings.runtime, best)
-    kind = ShardedModel if settings.trainer.strategy == "fsdp" else LanguageModel
-    module, blocks = kind(model, settings), Blocks(train, valid, settings)
+    module, blocks = module_of(model, settings), Blocks(train, valid, settings)
     trainer = make_trainer(settings, best, [history, Live(history), checkpoints])
     check_processes(trainer, settings)
     trainer.precision_plugin.convert_module(module)  # or a checkpoint's weights would pass through float32

@@ -22,6 +22,7 @@ from stages.training.checkpoints import KEPT
 from stages.training.data import Blocks, step_tokens
 from stages.training.history import History
 from stages.training.module import LanguageModel
+from stages.training.sharded import module_of
 from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries, with_trainer
 from stages.watch.summary import plan_line
 
@@ -45,7 +46,7 @@ def main() -> None:
     model = first_model(settings, train, valid)
     # Without the users' callbacks: they may write files, or end it sooner.
     settings = with_trainer(settings, callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
-    trial, blocks, module = Trial(), Blocks(train, valid, settings), LanguageModel(model, settings)
+    trial, blocks, module = Trial(), Blocks(train, valid, settings), module_of(model, settings)
     trainer = make_trainer(settings, BestWeights(), [History(), trial])
     check_processes(trainer, settings)
     trainer.precision_plugin.convert_module(module)

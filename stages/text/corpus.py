@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from stages.common.errors import UserError
@@ -56,16 +57,15 @@ class Documents:
         _, offsets, data = text.buffers()
         return Batch(np.frombuffer(offsets, np.int64)[: len(text) + 1], memoryview(data or b""))
 
-    def __iter__(self) -> Iterator["Batch"]:
-        for i in range(self.batches):
+    def read(self, share: range | None = None) -> Iterator["Batch"]:
+        """All batches in order, or a share of them; what is done with leaves the memory."""
+        for i in range(self.batches) if share is None else share:
             yield self.batch(i)
             self.release()
 
     def documents(self, share: range | None = None) -> Iterator[memoryview]:
         """The UTF-8 bytes of each document, in order: of all batches or a share of them."""
-        for i in range(self.batches) if share is None else share:
-            yield from self.batch(i)
-            self.release()
+        return chain.from_iterable(self.read(share))
 
     def count(self, share: range) -> int:
         """How many documents some batches have."""

@@ -127,7 +127,7 @@ class Seen:
 
     def __init__(self, grams: Grams, held_out: list[Documents]):
         self.grams = grams
-        hashes = [grams.hashes(*part)[0] for split in held_out for batch in split for part in parts(batch)]
+        hashes = [grams.hashes(*part)[0] for split in held_out for batch in split.read() for part in parts(batch)]
         self.hashes = np.unique(np.concatenate(hashes))
         self.seen = np.zeros(len(self.hashes), bool)
         # Most n-grams of the training text are none of them: a table by their low bits says so at one look.

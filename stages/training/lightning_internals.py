@@ -1,7 +1,8 @@
 """Every private or undocumented thing of Lightning that is leaned on, each with its reason.
 
 tests/training/test_lightning_internals.py fails when an upgrade takes one away. Those of torch stand in
-stages/model/ops.py (`mkldnn._linear_pointwise`, `mallopt`) and are held by the same test.
+stages/model/ops.py (`mkldnn._linear_pointwise`, `mallopt`) and are held by the same test, and in
+stages/common/checkpoint_files.py (what torch.distributed.checkpoint pickles), held by test_parts.py.
 """
 
 from contextlib import nullcontext

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.checkpoint_files import filled, in_parts, mapped
+from stages.common.settings import Settings
 from stages.model.gpt2 import call_blocks
 from stages.model.optimizers import whole
 from stages.training import checkpoints
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import GPT2LMHeadModel
 
 
 class ShardedModel(LanguageModel):
@@ -40,6 +42,11 @@ class ShardedModel(LanguageModel):
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.set_requires_gradient_sync(internals.steps_after(self.trainer, batch_idx))
+
+
+def module_of(model: GPT2LMHeadModel, settings: Settings) -> LanguageModel:
+    """The model as Lightning trains it with `trainer.strategy`."""
+    return (ShardedModel if settings.trainer.strategy == "fsdp" else LanguageModel)(model, settings)
 
 
 class ShardedStrategy(ModelParallelStrategy):
