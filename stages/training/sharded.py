@@ -102,7 +102,7 @@ class ShardedStrategy(ModelParallelStrategy):
         own = {key: weights[name] for name, key in checkpoint["state_dict"].items()}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             for _, weight, state in states(optimizer, saved):
-                own |= {key: torch.empty_like(weight).detach() for key in state.values() if isinstance(key, str)}
+                own |= {key: torch.empty_like(weight) for key in state.values() if isinstance(key, str)}
         if not self.is_global_zero:
             checkpoint["callbacks"][BestWeights().state_key]["weights"] = None
         return filled(checkpoint_path, checkpoint, own)

@@ -1,5 +1,6 @@
 """Large checkpoints under FSDP: folders that processes write together while training goes on. CPU, gloo."""
 
+import atexit
 import json
 import os
 import pickle
@@ -55,6 +56,7 @@ def together(project: Path, count: int, prepare: Callable[[int], None] = lambda 
                 if count > 1:
                     os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
                 sys.argv = ["train", f"--trainer.devices={count}"]
+                atexit._clear()  # pytest's would delete the folders of earlier runs
                 checkpoints.ASIDE_BYTES = 0
                 prepare(rank)
                 os._exit(status_of("stages.train"))
