@@ -139,11 +139,16 @@ def put(made: Path, path: Path) -> None:
     os.replace(made, path)
 
 
+def hide(path: Path) -> Path:
+    """Takes a checkpoint its name, before it is deleted bit by bit; returns where it is then."""
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    os.rename(path, hidden)
+    return hidden
+
+
 def delete(path: Path) -> None:
-    """Deletes a checkpoint, or what is left of one: killed meanwhile, nothing has the name of a whole one."""
+    """Deletes a checkpoint, or what is left of one."""
     if path.is_dir():
-        hidden = path if path.suffix == ".tmp" else path.with_name(f".{path.name}.old.tmp")
-        os.rename(path, hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(path if path.suffix == ".tmp" else hide(path))
     else:
         path.unlink()

@@ -16,10 +16,12 @@ import signal
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, TextIO
 
-from stages.common.checkpoint_files import delete, filled, mapped, put, verify
+from stages.common.checkpoint_files import delete, filled, hide, mapped, put, verify
 from stages.common.errors import UserError, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
@@ -409,11 +411,19 @@ def remove_older_finished(run: Path) -> None:
     for final in CHECKPOINTS.glob("*/final.ckpt"):
         if final.parent != run:
             for file in [*final.parent.glob("step-*.ckpt"), final]:
-                remove(file)
+                erase(file)
 
 
 def remove(checkpoint: Path) -> None:
+    """As `erase`; a folder while training goes on, as that takes seconds."""
+    if checkpoint.is_dir():
+        Thread(target=erase, args=[hide(checkpoint)]).start()
+    else:
+        erase(checkpoint)
+
+
+def erase(checkpoint: Path) -> None:
     """Deletes a checkpoint, and its run's folder when it was the last one there."""
     delete(checkpoint)
-    if not any(checkpoint.parent.iterdir()):
+    with suppress(OSError):  # it isn't empty
         checkpoint.parent.rmdir()
