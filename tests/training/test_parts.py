@@ -212,8 +212,7 @@ def test_the_model_of_a_finished_run_is_exported_again(whole, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["code", "missing"])
-def test_what_is_no_checkpoint_is_refused_in_a_line(built, whole, tmp_path, monkeypatch, damage):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_checkpoint_is_refused_in_a_line(built, whole, tmp_path, damage):
     folder = shutil.copytree(next(whole.glob("models/checkpoints/*/final.ckpt")), tmp_path / "x.ckpt")
     if damage == "code":
         (folder / ".metadata").write_bytes(pickle.dumps(faults.Hostile()))
