@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of find_unused_parameters, which is set on purpose
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Threads that wait for another spin a third as long as usual: beside other busy processes it may not be running.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 if importlib.util.find_spec("jsonargparse") is None:
     for folder in (Path.cwd(), *Path.cwd().parents):

@@ -167,3 +167,15 @@ def test_make_says_that_python_is_too_old(clone, tmp_path):
     done = run("make", "repro", "PYTHON=no-such-python", cwd=project, check=False)
     assert done.returncode != 0
     assert "Python 3.11 or newer is needed" in done.stderr
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="GNU's OpenMP is that of torch for Linux")
+def test_threads_that_wait_let_others_run():
+    def spins(*environment):
+        plain = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY", "OMP_DISPLAY_ENV=verbose", *environment]
+        said = run(*plain, sys.executable, "-c", "import stages.train", cwd=ROOT).stderr
+        return set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", said))
+
+    assert spins() == {"100000"}
+    assert spins("OMP_WAIT_POLICY=passive") == {"0"}
+    assert spins("GOMP_SPINCOUNT=7") == {"7"}
