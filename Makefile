@@ -39,7 +39,7 @@ curve: .venv/installed
 test: .venv/installed-dev
 	ruff check . && ruff format --check .
 	basedpyright
-	python -m pytest -q -n 2
+	python -m pytest -q -n 3 --dist worksteal
 
 bench: .venv/installed-dev
 	python -m benchmarks.run $(if $(QUICK),quick,all)

@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# One thread a process: the suite runs two at a time, and small models gain nothing from more.
+# One thread a process: the suite runs three at a time, and small models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -255,11 +255,11 @@ def read_lock(raw: bytes | None, figures: bytes) -> tuple[str | None, dict[str, 
         return "no dvc.lock", {}, {}
     try:
         hashes, params, outs = {}, {}, set()
-        for stage in stages_of(raw):
-            for entry in stage.get("deps", []) + stage.get("outs", []):
+        for part in parts_of(raw):
+            for entry in part.get("deps", []) + part.get("outs", []):
                 hashes[entry["path"]] = entry.get("md5")
-            outs.update(entry["path"] for entry in stage.get("outs", []))
-            for file in stage.get("params", {}).values():
+            outs.update(entry["path"] for entry in part.get("outs", []))
+            for file in part.get("params", {}).values():
                 flatten(file or {}, "", params)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
         return "dvc.lock can't be read", {}, {}
@@ -269,13 +269,14 @@ def read_lock(raw: bytes | None, figures: bytes) -> tuple[str | None, dict[str, 
     return None, params, {path: md5 for path, md5 in hashes.items() if path not in made}
 
 
-def stages_of(lock: bytes) -> list[dict[str, Any]]:
-    """The stages of a dvc.lock, each read by itself: most are the same as in another commit."""
-    parts = re.split(rb"^(?=  \S)", lock.partition(b"stages:\n")[2], flags=re.MULTILINE)
-    return [stage for part in parts for stage in (read_yaml(part) or {}).values()]
+def parts_of(lock: bytes) -> list[dict[str, Any]]:
+    """What a dvc.lock says of its stages, each one's deps, params and outs by themselves: most are those of another
+    commit, and read already."""
+    parts = re.split(rb"^(?=  (?:  )?\w)", lock.partition(b"stages:\n")[2], flags=re.MULTILINE)
+    return [read_yaml(part) or {} for part in parts]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def read_yaml(raw: bytes) -> Any:
     return yaml.load(raw, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 

@@ -20,6 +20,7 @@ PART_BYTES = 1 << 20
 LARGEST = np.uint64((1 << 64) - 1)
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE, np.uint64))
+SUMS = np.zeros(PART_BYTES + 1, np.uint64)  # memory to work in: new one for each part would take as long again
 INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, pow(BASE, -1, 1 << 64), np.uint64))
 
 
@@ -37,8 +38,9 @@ def span_hashes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
         values: (N,) uint8 or uint64, N at most PART_BYTES.
         starts, ends: (n,) int64.
     """
-    sums = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(np.multiply(values, POWERS[: len(values)]), out=sums[1:])
+    sums = SUMS[: len(values) + 1]
+    np.multiply(values, POWERS[: len(values)], out=sums[1:])
+    np.cumsum(sums[1:], out=sums[1:])
     return mixed((sums[ends] - sums[starts]) * INVERSES[starts])
 
 

@@ -159,8 +159,8 @@ def test_documents_do_not_depend_on_where_chunks_end(tmp_path_factory, text, doc
 
 
 def test_documents_are_held_out_by_their_text(tmp_path):
-    draw = random.Random(0)
-    documents = [" ".join(draw.choices(sample_lines(0, 50).split(), k=20)) for _ in range(4000)]
+    draw, words = random.Random(0), sample_lines(0, 50).split()
+    documents = [" ".join(draw.choices(words, k=20)) for _ in range(4000)]
     (tmp_path / "t.txt").write_text("\n".join(documents + documents[:500]))
     made = prepared(tmp_path, document="line", **one_path(tmp_path / "t.txt"))
     sets = {name: set(texts) for name, texts in made.items()}
