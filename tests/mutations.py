@@ -41,6 +41,7 @@ ROOMS = {
         "evaluate": "model/evaluate model/gpt2 training/finished training/definitions",
     }),
     "stages/common": (TEXT, {
+        "checkpoint_files": "training/parts",
         **dict.fromkeys(("commands", "errors", "hub", "memory", "plain_yaml", "settings"), SETTINGS),
         "devices": "common/settings model/evaluate",
         "files": "common/files project/inputs",
@@ -68,7 +69,7 @@ ROOMS = {
         "lightning_internals": f"training/lightning_internals {RESUME}",
         "model_card": "training/definitions training/figures project/share",
         "module": "training/definitions training/training training/figures",
-        "sharded": "training/scale",
+        **dict.fromkeys(("parts", "sharded"), "training/parts training/scale"),
         "trainer": "training/figures project/inputs",
     }),
     "stages/watch": (["train"], {"progress": "watch/history", "summary": "watch/history training/definitions"}),
