@@ -77,15 +77,13 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
     for shape in shapes:
         with project(shape) as (folder, params):
             print(f"training, {shape}:", flush=True)
-            params["trainer"] |= TURNS | {"max_epochs": 100}  # it must not end before the last round
-            write_params(folder, params)
+            stage = train_stage("train stage", folder, params)
             names = ["transformers_eager", "transformers_compiled", "compact_eager", "compact_compiled"]
             names += ["nanogpt"] if "NANOGPT" in os.environ else []
             bare = [contender(name, folder) for name in ("own_step", *names, "transformers_trainer")]
             products = [contender("matrix_product", folder)]
             if not CUDA and params["trainer"]["precision"] == "32-true":
                 products.append(contender("onednn_matrix_product", folder))
-            stage = Contender("train stage", "stages.train", cwd=folder)
             rates, note = interleave([stage, *bare, *products], rounds, seconds, 4)
             command = f"python -m benchmarks.run training --shapes '[{shape}]' --rounds {rounds} --seconds {seconds:g}"
             record(f"Training, {shape}", command, training_tables(params, folder, rates) + f"\n\n{note}")
@@ -170,9 +168,7 @@ def optimizers(shapes: list[Shape] = ["byte", "default", "wide-bf16"], rounds: i
             for name in ("muon", "adamw"):
                 folder, params = projects.enter_context(project(shape))
                 params["optimizer"]["name"] = name
-                params["trainer"] |= TURNS | {"max_epochs": 100}
-                write_params(folder, params)
-                stages.append(Contender(name, "stages.train", cwd=folder))
+                stages.append(train_stage(name, folder, params))
             rates, note = interleave(stages, rounds, seconds, 4)
             bars = [at_most("a step with Muon / with AdamW", ratio_of(rates, "adamw", "muon"), 1.10)]
             tokens = params["model"]["block_size"] * params["optimizer"]["batch_size"]
@@ -333,10 +329,7 @@ def busy(shape: Shape = "default", rounds: int = 5, seconds: float = 3.0, waits:
         for wait in waits:
             # Each in a folder of its own: two trainings never work in one, the second would wait for the first.
             folder, params = projects.enter_context(project(shape))
-            params["trainer"] |= TURNS | {"max_epochs": 100}
-            write_params(folder, params)
-            environment = dict([wait.split("=")]) if "=" in wait else {}
-            stages.append(Contender(wait, "stages.train", cwd=folder, environment=environment))
+            stages.append(train_stage(wait, folder, params, **dict([wait.split("=")] if "=" in wait else [])))
             stages[-1].turn(0.5, 4)
         rates = {wait: ([], []) for wait in waits}
         for _ in range(rounds):
@@ -594,6 +587,13 @@ def run_module(module: str, folder: Path, *arguments: str) -> str:
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
+
+
+def train_stage(name: str, folder: Path, params: dict, **environment: str) -> Contender:
+    """The train stage in a project, as a contender."""
+    params["trainer"] |= TURNS | {"max_epochs": 100}  # it must not end before the last round
+    write_params(folder, params)
+    return Contender(name, "stages.train", cwd=folder, environment=environment)
 
 
 def contender(name: str, folder: Path, *arguments: str) -> Contender:

@@ -16,7 +16,6 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from sys import intern
 from typing import Any
 
 from stages.common.commands import CommandLine
@@ -191,7 +190,7 @@ def shown(params: dict[str, Any], key: str) -> str | None:
         return None
     value = params[key]
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = intern(" ".join(text.split()) or "(empty)")  # most runs have the same
+    text = " ".join(text.split()) or "(empty)"
     return text if len(text) <= SETTING_LETTERS else f"{text[:SETTING_LETTERS]} …"
 
 
@@ -205,7 +204,7 @@ def page(rows: list[dict[str, Any]], libraries: str) -> str:
         if row["letter"] != "?" and not math.isnan(row["bits"]) and row["leader"]:
             best[row["bits_letter"]] = min(best.get(row["bits_letter"], row), row, key=lambda row: row["mean"])
     yardsticks = {row["letter"]: row for row in rows if row["letter"] != "?"}
-    text = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")  # StringIO takes four bytes a character
+    text = io.StringIO()
     parts = environment.get_template("report.html").generate(
         project=Path.cwd().name,
         rows=rows,
@@ -223,8 +222,7 @@ def page(rows: list[dict[str, Any]], libraries: str) -> str:
         count=count,
     )
     text.writelines(parts)  # render() would hold all of a million parts
-    text.seek(0)
-    return text.read()
+    return text.getvalue()
 
 
 def page_data(rows: list[dict[str, Any]]) -> dict[str, Any]:

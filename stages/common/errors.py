@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -20,6 +21,11 @@ class OneProcessError(UserError):
 def one_line(error: BaseException, limit: int = 200) -> str:
     """What another library's error says, on one line of bounded length."""
     return " ".join(str(error).split())[:limit]
+
+
+def not_written(path: str | Path, error: BaseException) -> UserError:
+    """The disk is full, or a file can't be written for another reason."""
+    return UserError(f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on")
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.common.errors import UserError, one_line
+from stages.common.errors import not_written
 
 
 @contextmanager
@@ -29,8 +29,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             # tokenizers and safetensors have no other sign of a full disk, a quota or a limit.
             if re.search(r"os error (27|28|122)\b", str(error)):
-                why = f"{target}: can't be written ({one_line(error)})"
-                raise UserError(f"{why}: free some disk space, then `dvc repro` goes on") from None
+                raise not_written(target, error) from None
             raise
         for file in temporary.rglob("*"):
             if file.is_file():

@@ -21,8 +21,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TextIO
 
-from stages.common.checkpoint_files import delete, filled, hide, mapped, put, verify
-from stages.common.errors import UserError, note, one_line
+from stages.common.checkpoint_files import delete, filled, hide, mapped, put, sync, verify
+from stages.common.errors import UserError, not_written, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
 from stages.model.optimizers import cooldown_start, here
@@ -93,14 +93,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full, or can't be written for another reason; this one, or the one before.
         """
         self.teardown()
-        weights = sum(weight.nbytes for weight in checkpoint["state_dict"].values())
-        if weights < ASIDE_BYTES or Path(path).name == "final.ckpt":
-            write(checkpoint, Path(path))
-        else:
+        if is_large(checkpoint) and Path(path).name != "final.ckpt":
             self.writing = ThreadPoolExecutor(1).submit(write, copied(checkpoint), Path(path))
+        else:
+            write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        return filled(path, mapped(path))
+        return filled(path, opened(path))
 
     def teardown(self) -> None:
         """Waits for what is being written."""
@@ -109,19 +108,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             writing.result()
 
 
+def is_large(checkpoint: dict[str, Any]) -> bool:
+    """Whether it is written while training goes on."""
+    return sum(weight.nbytes for weight in checkpoint["state_dict"].values()) >= ASIDE_BYTES
+
+
+def opened(path: str | Path) -> dict[str, Any]:
+    """What `mapped` gives, with the best weights in the first process alone, which keeps them."""
+    checkpoint = mapped(path)
+    if dist.is_initialized() and dist.get_rank():
+        checkpoint["callbacks"][BestWeights().state_key]["weights"] = None
+    return checkpoint
+
+
 def write(checkpoint: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         put(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: can't be written ({one_line(error)}): free some disk space, then `dvc repro` goes on"
-        ) from None
+        raise not_written(path, error) from None
 
 
 def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -263,10 +272,6 @@ class Checkpoints(Callback):
         shared = trainer.global_step <= self.cooldown and not self.ended
         checkpoint |= {"identity": self.trunk_identity if shared else self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
-
-    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not trainer.is_global_zero:  # which alone keeps them
-            checkpoint["callbacks"][self.best.state_key]["weights"] = None
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.common.checkpoint_files import METADATA, REST, SUMS, checksum, first_failure, put, sync
-from stages.common.errors import UserError, one_line
+from stages.common.errors import not_written
 from stages.common.files import write_json
 from stages.training.best import BestWeights
 
@@ -66,10 +66,7 @@ def write_parts(parts: dict[str, Tensor], rest: dict[str, Any], path: Path, grou
         dcp.save(parts, storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         shutil.rmtree(writer.path, ignore_errors=True)  # no process writes any more
-        raise UserError(
-            f"{path}: can't be written ({one_line(first_failure(error))}): free some disk space, "
-            "then `dvc repro` goes on"
-        ) from None
+        raise not_written(path, first_failure(error)) from None
 
 
 class Writer(dcp.FileSystemWriter):

@@ -5,13 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from stages.common.checkpoint_files import filled, in_parts, mapped
+from stages.common.checkpoint_files import filled, in_parts
 from stages.common.settings import Settings
 from stages.model.gpt2 import call_blocks
 from stages.model.optimizers import whole
 from stages.training import checkpoints
 from stages.training import lightning_internals as internals
-from stages.training.best import BestWeights
 from stages.training.module import LanguageModel
 from stages.training.parts import apart, write_parts
 
@@ -69,7 +68,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As one file of the first process where it is small, else a part of each process, while training goes on."""
-        if sum(weight.nbytes for weight in checkpoint["state_dict"].values()) < checkpoints.ASIDE_BYTES:
+        if not checkpoints.is_large(checkpoint):
             large = ("state_dict", "optimizer_states")
             gathered = {name: self.gathered(checkpoint[name]) for name in large if name in checkpoint}
             super().save_checkpoint(checkpoint | gathered, filepath, storage_options)
@@ -98,13 +97,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if not in_parts(checkpoint_path):
             return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-        checkpoint, weights = mapped(checkpoint_path), self.lightning_module.state_dict()
+        checkpoint, weights = checkpoints.opened(checkpoint_path), self.lightning_module.state_dict()
         own = {key: weights[name] for name, key in checkpoint["state_dict"].items()}
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             for _, weight, state in states(optimizer, saved):
                 own |= {key: torch.empty_like(weight) for key in state.values() if isinstance(key, str)}
-        if not self.is_global_zero:
-            checkpoint["callbacks"][BestWeights().state_key]["weights"] = None
         return filled(checkpoint_path, checkpoint, own)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:

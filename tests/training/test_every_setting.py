@@ -1,17 +1,13 @@
 """The table of docs/resume.md, tried: a run stopped by SIGTERM, then SIGKILL, ends with the bytes of a whole one."""
 
-import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
-
-from stages import train
 
 import pytest
 from conftest import ROOT, digests, set_params, train_inputs
-from warm import status_of
+from forks import forked
 
 TABLE = re.findall(
     r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
@@ -25,33 +21,6 @@ BASE = [
 ]
 EVERY = "--runtime.checkpoint_every_n_steps=3"
 MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
-
-
-def forked(project: Path, *arguments: str, kill: tuple[int, int] | None = None) -> int:
-    """Trains in a fork of this process, which gets a signal after a step; returns its status as a shell would."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        os.chdir(project)
-        log = os.open("train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1), os.dup2(log, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        sys.path.insert(0, str(project))
-        sys.argv = ["train", *arguments]
-        if kill:
-            number, step = kill
-            after = train.History.on_train_batch_end
-
-            def on_train_batch_end(self, trainer, *rest):
-                after(self, trainer, *rest)
-                if trainer.global_step == step:
-                    os.kill(os.getpid(), number)
-
-            train.History.on_train_batch_end = on_train_batch_end
-        os._exit(status_of("stages.train"))
-    finally:
-        os._exit(1)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import run_stage
-from test_every_setting import forked
+from forks import forked
 from test_resume import made, signal_when
 
 WSD = [

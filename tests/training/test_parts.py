@@ -1,28 +1,27 @@
 """Large checkpoints under FSDP: folders that processes write together while training goes on. CPU, gloo."""
 
-import atexit
 import json
 import os
 import pickle
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stages import train
 from stages.common import checkpoint_files
 from stages.training import checkpoints, sharded
 
 import faults
+import forks
 import pytest
 import safetensors.torch
 import torch
 from conftest import digests, run_stage, set_params, train_inputs
-from warm import status_of
+from forks import after_step
 
 SETTINGS = [
     *("trainer.accelerator=cpu", "trainer.max_steps=8", "trainer.val_check_interval=2", "optimizer.name=muon"),
@@ -42,41 +41,18 @@ def together(project: Path, count: int, prepare: Callable[[int], None] = lambda 
         port = free.getsockname()[1]
     log = project / "train.log"
     log.write_text("")
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            try:
-                os.chdir(project)
-                file = os.open("train.log", os.O_WRONLY | os.O_APPEND)
-                os.dup2(file, 1), os.dup2(file, 2)
-                sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-                if count > 1:
-                    os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
-                sys.argv = ["train", f"--trainer.devices={count}"]
-                atexit._clear()  # pytest's would delete the folders of earlier runs
-                checkpoints.ASIDE_BYTES = 0
-                prepare(rank)
-                os._exit(status_of("stages.train"))
-            finally:
-                os._exit(1)
-        children.append(child)
-    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return statuses, log.read_text()
 
+    def joined(rank: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        if count > 1:
+            os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+        checkpoints.ASIDE_BYTES = 0
+        prepare(rank)
 
-def after_step(step: int, do: Callable[[], None]) -> None:
-    """Makes this process do something after a step."""
-    after = train.History.on_train_batch_end
-
-    def on_train_batch_end(self, trainer, *rest):
-        after(self, trainer, *rest)
-        if trainer.global_step == step:
-            do()
-
-    train.History.on_train_batch_end = on_train_batch_end
+    devices = f"--trainer.devices={count}"
+    children = [forks.start(project, devices, prepare=partial(joined, rank)) for rank in range(count)]
+    return [forks.end(child) for child in children], log.read_text()
 
 
 def held_back(name: str, step: int) -> None:

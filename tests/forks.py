@@ -1,0 +1,63 @@
+"""Trainings in forks of this process, which has their libraries loaded already."""
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from stages import train
+
+from warm import status_of
+
+
+def start(project: Path, *arguments: str, prepare: Callable[[], None] = lambda: None) -> int:
+    """Begins a training, whose output goes to the end of train.log; returns its process number.
+
+    Args:
+        prepare: is called in the fork before it.
+    """
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.chdir(project)
+        log = os.open("train.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.path.insert(0, str(project))
+        sys.argv = ["train", *arguments]
+        atexit._clear()  # pytest's would delete the folders of earlier runs
+        prepare()
+        os._exit(status_of("stages.train"))
+    finally:
+        os._exit(1)
+
+
+def end(child: int) -> int:
+    """Waits for a fork; returns its status as Popen would."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked(project: Path, *arguments: str, kill: tuple[signal.Signals, int] | None = None) -> int:
+    """Trains to the end, or to a signal that comes after a step; returns the status."""
+
+    def prepare() -> None:
+        if kill:
+            number, step = kill
+            after_step(step, lambda: os.kill(os.getpid(), number))
+
+    return end(start(project, *arguments, prepare=prepare))
+
+
+def after_step(step: int, do: Callable[[], None]) -> None:
+    """Makes this process do something after a step."""
+    after = train.History.on_train_batch_end
+
+    def on_train_batch_end(self, trainer, *rest):
+        after(self, trainer, *rest)
+        if trainer.global_step == step:
+            do()
+
+    train.History.on_train_batch_end = on_train_batch_end
