@@ -10,7 +10,7 @@ from stages.common.hub import check_watched
 from stages.common.paths import CORPUS, METRICS, SPLITS
 from stages.common.settings import load
 from stages.text.corpus import Documents
-from stages.text.leakage import Grams, Seen, count_words
+from stages.text.leakage import Grams, Seen, parts
 from stages.text.splits import sources_of, write_splits
 
 import numpy as np
@@ -94,10 +94,11 @@ def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.nd
         for batch in documents.read():
             each = np.diff(batch.offsets)
             count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))
-            words += count_words(batch)
             lengths += np.bincount(np.ceil(np.log2(each)).astype(int), minlength=64)
-            if seen:
-                seen.look(batch)
+            for part in parts(batch):
+                words += part.count_words()
+                if seen:
+                    seen.look(part)
             bar.update(int(each.sum()))
     return {"documents": count, "bytes": size, "words": words, "longest": longest}, np.trim_zeros(lengths, "b")
 

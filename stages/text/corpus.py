@@ -131,17 +131,14 @@ class Batch:
             yield self.text[start:end]
 
 
-def write_documents(path: Path, documents: Iterable[bytes | memoryview]) -> int:
-    """Writes a split's file; returns how many documents it holds."""
-    count = 0
+def write_documents(path: Path, batches: Iterable[list[bytes | memoryview]]) -> None:
+    """Writes a split's file: the documents of some runs of them."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        for batch in batched(documents):
+        for batch in batches:
             offsets = np.cumsum([0, *map(len, batch)], dtype=np.int64)
             text = batch[0] if len(batch) == 1 else b"".join(batch)
             array = pa.LargeStringArray.from_buffers(len(batch), pa.py_buffer(offsets), pa.py_buffer(text))
             writer.write_batch(pa.record_batch([array], schema=SCHEMA))
-            count += len(batch)
-    return count
 
 
 def batched(documents: Iterable[bytes | memoryview]) -> Iterator[list[bytes | memoryview]]:

@@ -5,9 +5,9 @@ bytes that begin at a character. Those of the held-out documents are kept as 64-
 text is streamed over them. Above MOST_GRAMS of them, a share of all possible ones is looked at, in both alike.
 """
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from stages.text.corpus import Batch, Documents
 
@@ -17,6 +17,7 @@ WORDS, BYTES = 13, 50
 LONG_WORD_BYTES = 25  # on average, where text has no spaces
 MOST_GRAMS = 1 << 22
 PART_BYTES = 1 << 20
+SPACES = np.array([chr(i).isspace() for i in range(0x4000)])  # all that there are
 LARGEST = np.uint64((1 << 64) - 1)
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE, np.uint64))
@@ -44,42 +45,64 @@ def span_hashes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.
     return mixed((sums[ends] - sums[starts]) * INVERSES[starts])
 
 
-def words_of(text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the words of documents begin and end: runs of bytes that are not ASCII white space, (n,) int64 each.
+def visible(text: np.ndarray) -> np.ndarray:
+    """Which bytes of UTF-8 text belong to characters that are not white space (str.isspace()): (N,) bool."""
+    found = (text != 32) & (text - np.uint8(9) > 4) & (text - np.uint8(28) > 3)
+    if (text > 127).any():
+        first = np.flatnonzero(text[:-1] == 0xC2)  # of the characters 128 to 191, whose second byte is their number
+        first = first[SPACES[text[first + 1]]]
+        found[first] = found[first + 1] = False
+        first = np.flatnonzero(text[:-2] - np.uint8(0xE1) < 3)  # of three bytes and below 0x4000
+        low = [text[first + i] & np.uint16(0x3F) for i in (1, 2)]
+        first = first[SPACES[(text[first] & np.uint16(15)) << 12 | low[0] << 6 | low[1]]]
+        found[first] = found[first + 1] = found[first + 2] = False
+    return found
+
+
+@dataclass
+class Part:
+    """At most PART_BYTES of a batch: all of it, or where it is one long document, a part of that.
 
     Args:
-        text: (N,) uint8; offsets: where in it each document begins, and the end of the last one.
+        text: (N,) uint8, UTF-8.
+        offsets: where in it each document begins, and the end of the last one.
+        inside: whether the part before it ends within a word.
     """
-    visible = np.zeros(len(text) + 2, bool)  # what str.isspace() takes for a space of 0 to 127
-    visible[1:-1] = (text != 32) & (text - np.uint8(9) > 4) & (text - np.uint8(28) > 3)
-    edges = np.flatnonzero(visible[1:] != visible[:-1])
-    inner = offsets[1:-1]
-    inner = np.repeat(inner[visible[inner] & visible[inner + 1]], 2)  # documents end words
-    edges = np.insert(edges, np.searchsorted(edges, inner), inner)
-    return edges[::2], edges[1::2]
+
+    text: np.ndarray
+    offsets: np.ndarray
+    inside: bool = False
+
+    @cached_property
+    def words(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where words (str.split()) begin and end, (n,) int64 each."""
+        within = np.zeros(len(self.text) + 2, bool)
+        within[1:-1] = visible(self.text)
+        edges = np.flatnonzero(within[1:] != within[:-1])
+        inner = self.offsets[1:-1]
+        inner = np.repeat(inner[within[inner] & within[inner + 1]], 2)  # documents end words
+        edges = np.insert(edges, np.searchsorted(edges, inner), inner) if len(inner) else edges
+        return edges[::2], edges[1::2]
+
+    def count_words(self) -> int:
+        """Words that begin here."""
+        starts = self.words[0]
+        return len(starts) - (self.inside and 0 in starts[:1])
 
 
-def parts(batch: Batch) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A batch's text and offsets; the one document of a large batch in parts."""
+def parts(batch: Batch) -> Iterator[Part]:
     text = np.frombuffer(batch.text, np.uint8)[: batch.offsets[-1]]
-    for start in range(0, len(text), PART_BYTES):
-        part = text[start : start + PART_BYTES]
-        yield part, batch.offsets if len(text) <= PART_BYTES else np.array([0, len(part)])
-
-
-def count_words(batch: Batch) -> int:
-    """White-space-separated words, as str.split() finds them."""
-    if len(batch.text) <= PART_BYTES:
-        if (np.frombuffer(batch.text, np.uint8) > 127).any():
-            return sum(len(str(document, "utf-8").split()) for document in batch)
-        return sum(len(words_of(*part)[0]) for part in parts(batch))
-    words, inside, decoder = 0, False, codecs.getincrementaldecoder("utf-8")()
-    for raw, _ in parts(batch):
-        text = decoder.decode(bytes(raw))
-        # A word that is longer than a part counts once.
-        words += len(text.split()) - (inside and not text[:1].isspace())
-        inside = not text[-1:].isspace()
-    return words
+    if len(text) <= PART_BYTES:
+        yield Part(text, batch.offsets)
+        return
+    start, inside = 0, False
+    while start < len(text):
+        end = min(start + PART_BYTES, len(text))
+        while end < len(text) and text[end] & 0xC0 == 0x80:  # within a character
+            end -= 1
+        part = Part(text[start:end], np.array([0, end - start]), inside)
+        yield part
+        start, inside = end, len(part.text) in part.words[1][-1:]
 
 
 @dataclass
@@ -105,10 +128,11 @@ class Grams:
         total = words if unit == "words" else size
         return Grams(unit, np.uint64(min(int(LARGEST), (MOST_GRAMS << 64) // max(total, 1))))
 
-    def hashes(self, text: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def hashes(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """The n-grams of documents: hashes (n,) uint64, and the byte at which each begins."""
+        text, offsets = part.text, part.offsets
         if self.unit == "words":
-            starts, ends = words_of(text, offsets)
+            starts, ends = part.words
             values = span_hashes(text + np.uint8(1), starts, ends)
             n, bounds, begins = WORDS, np.searchsorted(starts, offsets[1:]), np.ones(len(values), bool)
         else:
@@ -129,7 +153,7 @@ class Seen:
 
     def __init__(self, grams: Grams, held_out: list[Documents]):
         self.grams = grams
-        hashes = [grams.hashes(*part)[0] for split in held_out for batch in split.read() for part in parts(batch)]
+        hashes = [grams.hashes(part)[0] for split in held_out for batch in split.read() for part in parts(batch)]
         self.hashes = np.unique(np.concatenate(hashes))
         self.seen = np.zeros(len(self.hashes), bool)
         # Most n-grams of the training text are none of them: a table by their low bits says so at one look.
@@ -140,22 +164,21 @@ class Seen:
         """Where in `maybe` hashes stand: (n,) int64."""
         return (hashes & np.uint64(len(self.maybe) - 1)).view(np.int64)
 
-    def look(self, batch: Batch) -> None:
-        """Marks the held-out n-grams that a batch of the training text has."""
+    def look(self, part: Part) -> None:
+        """Marks the held-out n-grams that a part of the training text has."""
         if not len(self.hashes):
             return
-        for text, offsets in parts(batch):
-            hashes, _ = self.grams.hashes(text, offsets)
-            hashes = hashes[self.maybe[self.low_bits(hashes)]]
-            at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
-            self.seen[at[self.hashes[at] == hashes]] = True
+        hashes, _ = self.grams.hashes(part)
+        hashes = hashes[self.maybe[self.low_bits(hashes)]]
+        at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        self.seen[at[self.hashes[at] == hashes]] = True
 
     def by_document(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """How many n-grams each document of a held-out batch has, and how many of them are in the training text."""
         total = np.zeros((2, len(batch)), np.int64)
-        for text, offsets in parts(batch):
-            hashes, places = self.grams.hashes(text, offsets)
-            document = np.searchsorted(offsets, places, "right") - 1
+        for part in parts(batch):
+            hashes, places = self.grams.hashes(part)
+            document = np.searchsorted(part.offsets, places, "right") - 1
             found = self.seen[np.searchsorted(self.hashes, hashes)]
             total += np.bincount(document, minlength=len(batch)), np.bincount(document, found, len(batch)).astype(int)
         return total[0], total[1]

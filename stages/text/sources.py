@@ -223,11 +223,12 @@ def read_documents(file: SourceFile, settings: Data, advance: Callable[[int], ob
             if file.stretch < file.size:
                 stream = io.BufferedReader(Stretch(raw, file.start, file.start + file.stretch))
             documents = READERS[file.format](stream, file, settings)
-            read = file.start
+            read, since = file.start, 0
             for document in documents:
-                if raw.tell() != read:
+                since += len(document)
+                if since >= CHUNK_BYTES:  # to ask for each short document would take as long as to find it
                     advance(raw.tell() - read)
-                    read = raw.tell()
+                    read, since = raw.tell(), 0
                 if document and not document.isspace():
                     yield document
             advance(file.start + file.stretch - read)
@@ -294,9 +295,9 @@ def split_at_lines(chunks: Iterator[bytes], document: str) -> Iterator[bytes | b
         current += first
         if others:
             yield current.removesuffix(b"\r")
-            for part in others[:-1]:
-                yield part.removesuffix(b"\r")
-            current = bytearray(others[-1])
+            *whole, rest = others
+            yield from (part.removesuffix(b"\r") for part in whole) if b"\r" in text else whole
+            current = bytearray(rest)
     if document != "file" and b"\n" in tail:
         tail = tail[: tail.index(b"\n")].removesuffix(b"\r")
     current += tail

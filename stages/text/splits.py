@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 from stages.common.commands import progress_bar
 from stages.common.errors import UserError, note
 from stages.common.settings import Data, Runtime
-from stages.text.corpus import Documents, write_documents
+from stages.text.corpus import Documents, batched, write_documents
 from stages.text.engine import in_tasks
 from stages.text.leakage import mixed
 from stages.text.sources import SourceFile, check_unchanged, find_files, read_source, share_of
@@ -141,10 +141,10 @@ def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
     """Writes documents; returns a hash of each, (n,) uint64."""
     hashes = bytearray()
 
-    def hashed() -> Iterator[bytes]:
-        for document in documents:
-            hashes.extend(digest(document))
-            yield document
+    def hashed() -> Iterator[list[bytes]]:
+        for batch in batched(documents):
+            hashes.extend(b"".join(map(digest, batch)))
+            yield batch
 
     write_documents(target, hashed())
     return np.frombuffer(hashes, "<u8")
@@ -203,7 +203,7 @@ def select(source: Source, part: np.ndarray, target: Path) -> None:
     if part.all() and len(source.files) == 1:
         os.link(source.files[0].path, target)
     else:
-        write_documents(target, (document for document, wanted in zip(source.documents(), part) if wanted))
+        write_documents(target, batched(compress(source.documents(), part)))
 
 
 def in_pieces(source: Source, path: str, target: Path) -> Source:

@@ -269,7 +269,22 @@ def test_words_of_a_document_larger_than_a_part(monkeypatch, ending):
     text = (sample_lines(0, 60) + ending) * 9
     monkeypatch.setattr(leakage, "PART_BYTES", 1001)
     batch = Batch(np.array([0, len(text.encode())]), memoryview(text.encode()))
-    assert leakage.count_words(batch) == len(text.split())
+    assert sum(part.count_words() for part in leakage.parts(batch)) == len(text.split())
+
+
+def test_words_end_at_every_white_space_of_unicode():
+    """Each white-space character, and those whose bytes are next to one's, between words, at both ends and alone."""
+    spaces = [i for i in range(0x110000) if chr(i).isspace()]
+    others = [i + step for i in spaces for step in (-64, -1, 1, 64, 0x1000) if i + step >= 0 and i + step not in spaces]
+    for character in map(chr, spaces + others):
+        documents = [f"{character}a{character}{character}日本{character}", character, f"é{character}b", "c"]
+        raw = [document.encode() for document in documents]
+        batch = Batch(np.cumsum([0, *map(len, raw)]), memoryview(b"".join(raw)))
+        (part,) = leakage.parts(batch)
+        starts, ends = part.words
+        found = [bytes(part.text[start:end]).decode() for start, end in zip(starts, ends)]
+        assert found == [word for document in documents for word in document.split()], hex(ord(character))
+        assert part.count_words() == len(found)
 
 
 def test_source_code_is_a_corpus(project):
