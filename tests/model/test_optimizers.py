@@ -7,9 +7,12 @@ from pathlib import Path
 
 from stages.model import optimizers
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from muon import orthogonal
+from scipy.optimize import linprog
 
 SHAPES = [(16, 48), (16, 16), (64, 16), (16, 64), (16, 48)]
 
@@ -29,10 +32,7 @@ def written_out(matrices: list[torch.Tensor], steps: int, lr: float, decay: floa
             gradient = gradient.double()
             momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
             update = 0.05 * gradient + 0.95 * momenta[i]
-            update = update / update.norm()
-            for _ in range(5):
-                square = update @ update.T
-                update = 3.4445 * update - 4.7750 * square @ update + 2.0315 * square @ square @ update
+            update = orthogonal(update)
             short = 0 if update.shape[0] <= update.shape[1] else 1
             squares[i] = 0.95 * squares[i] + 0.05 * (update**2).mean(short, keepdim=True)
             even = update / squares[i].sqrt()
@@ -74,13 +74,36 @@ def test_muon_in_bf16_is_nearly_as_exact(monkeypatch):
 
 
 def test_muon_without_its_neurons_is_torchs(monkeypatch):
+    """With as many steps of Newton and Schulz as make all singular values 1, which torch's has as another setting."""
     monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: True)
-    monkeypatch.setattr(optimizers, "same_norm", lambda even, of: of)
+    polynomial, steps = (1.875, -1.25, 0.375), 20
+    monkeypatch.setattr(optimizers, "POLYNOMIALS", [polynomial] * steps)
+    monkeypatch.setattr(optimizers.Muon, "even", lambda self, x, squares, beta2, size: size * optimizers.orthogonal(x))
     ours, theirs = start(), start()
     stepped(optimizers.Muon(ours, lr=0.02, weight_decay=0.1), ours, range(6))
-    torchs = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    torchs = torch.optim.Muon(
+        theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", ns_coefficients=polynomial, ns_steps=steps
+    )
     stepped(torchs, theirs, range(6))
     assert (moved(ours) - moved(theirs)).norm() < 0.05 * moved(theirs).norm()
+
+
+def test_no_polynomials_of_muon_are_better():
+    """The largest distance from 1 that each leaves is the least that a linear program finds."""
+    low, high = 0.01, 1.0
+    for polynomial in optimizers.POLYNOMIALS:
+        x = np.concatenate([np.geomspace(low, high, 3000), np.linspace(low, high, 3000)])
+        powers, ones = np.stack([x, x**3, x**5], 1), np.ones((len(x), 1))
+        least = linprog(
+            [0, 0, 0, 1],
+            A_ub=np.vstack([np.hstack([powers, -ones]), np.hstack([-powers, -ones])]),
+            b_ub=np.repeat([1.0, -1.0], len(x)),
+            bounds=[(None, None)] * 3 + [(0, None)],
+        ).x[3]
+        distance = np.abs(powers @ polynomial - 1).max()
+        assert distance == pytest.approx(least, abs=1e-3)
+        low, high = 1 - least, 1 + least
+    assert distance < 0.27
 
 
 def test_muon_goes_on_from_its_state(tmp_path):

@@ -19,17 +19,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import run_stage
+from muon import orthogonal
 from test_training import SHORT, expected_rate, files, train  # noqa: F401
 from transformers import GPT2Config, GPT2LMHeadModel
-
-
-def orthogonal(update: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz of Jordan et al. (2024): five steps towards singular values of 1."""
-    update = update / update.norm()
-    for _ in range(5):
-        square = update @ update.T
-        update = 3.4445 * update - 4.7750 * square @ update + 2.0315 * square @ square @ update
-    return update
 
 
 def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate=1, clip=None) -> tuple[dict, list]:
