@@ -32,7 +32,7 @@ seeds: .venv/installed
 
 curve: .venv/installed
 	for n in $(EPOCHS); do \
-		dvc exp run --name epochs-$$n -S optimizer.schedule=wsd -S trainer.max_epochs=$$n || exit 1; \
+		dvc exp run --name epochs-$$n -S trainer.max_epochs=$$n || exit 1; \
 	done
 	python -m tools.curve $(EPOCHS:%=epochs-%)
 

@@ -141,7 +141,7 @@ def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
     """Writes documents; returns a hash of each, (n,) uint64."""
     hashes = bytearray()
 
-    def hashed() -> Iterator[list[bytes]]:
+    def hashed() -> Iterator[list[bytes | memoryview]]:
         for batch in batched(documents):
             hashes.extend(b"".join(map(digest, batch)))
             yield batch

@@ -13,7 +13,7 @@ TITLES = {
     "Training and validation loss": ("tokens seen", "loss (nats a token)"),
     "Learning rate": ("tokens seen", "learning rate"),
     "Validation loss": ("tokens seen", "loss (nats a token)"),
-    "Test loss by position in the block (how much context helps)": (
+    "Test loss by position in the block": (
         "position in the block (tokens of context)",
         "loss (nats a token)",
     ),
