@@ -27,6 +27,7 @@ SETTINGS = [
     *("trainer.accelerator=cpu", "trainer.max_steps=8", "trainer.val_check_interval=2", "optimizer.name=muon"),
     *("optimizer.batch_size=6", "runtime.checkpoint_every_n_steps=2", "runtime.enable_progress_bar=false"),
 ]
+WSD = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.5"]
 MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
 
 
@@ -145,6 +146,19 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(project, whole):
     assert not unfinished.exists()
     names = [file.name for file in sorted(folder.parent.glob("*.ckpt"))]  # one may still be about to be deleted
     assert names == ["final.ckpt", *(f"step-{step:09d}.ckpt" for step in (3, 4, 6))]
+
+
+def test_a_longer_training_goes_on_from_the_trunk(fresh, tmp_path):
+    """By the default schedule."""
+    short, longer = (shutil.copytree(fresh, tmp_path / name) for name in ("short", "longer"))
+    for project, steps in ((short, 8), (longer, 12)):
+        set_params(project, *WSD, f"trainer.max_steps={steps}")
+        statuses, log = together(project, 2)
+        assert statuses == [0, 0] and "going on" not in log, log
+    set_params(short, "trainer.max_steps=12")
+    statuses, log = together(short, 2)
+    assert statuses == [0, 0] and "of the trunk: 8 steps to train in place of 12" in log, log
+    assert digests(short, *MADE) == digests(longer, *MADE)
 
 
 def test_others_go_on_with_it_where_it_is_not_damaged(project, whole, tmp_path):
