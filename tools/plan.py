@@ -56,7 +56,8 @@ def main() -> None:
         print(plan_line(settings, parameters, train, trial.planned))
         print(f"minutes   {minutes(trial, trainer)}")
         print(f"memory    {memory(trial, trainer, weights, libraries)}")
-        print(f"disk      {disk(trial, weights)}", flush=True)
+        trunks = settings.runtime.keep_trunks if settings.optimizer.schedule == "wsd" else 0
+        print(f"disk      {disk(trial, weights, trunks)}", flush=True)
         for line in odd_choices(settings, model.config, parameters, train, trial.planned):
             print(f"note: {line}", file=sys.stderr)
 
@@ -116,10 +117,12 @@ def memory(trial: Trial, trainer: Trainer, weights: int, libraries: int) -> str:
     return f"{mib(peak)}: " + ", ".join(f"{name} {mib(part)}" for name, part in parts.items())
 
 
-def disk(trial: Trial, weights: int) -> str:
-    checkpoints = (KEPT + 1) * (2 * weights + trial.optimizer)
+def disk(trial: Trial, weights: int, trunks: int) -> str:
+    checkpoint = 2 * weights + trial.optimizer
     blocks = sum(file.stat().st_size for file in BLOCKS.iterdir())
-    return f"blocks {mib(blocks)}, checkpoints {mib(checkpoints)} while it trains, DVC's cache {mib(weights)} a run"
+    kept = f" and up to {mib(trunks * checkpoint)} after it (runtime.keep_trunks)" if trunks else ""
+    checkpoints = f"checkpoints {mib((KEPT + 1 + trunks) * checkpoint)} while it trains{kept}"
+    return f"blocks {mib(blocks)}, {checkpoints}, DVC's cache {mib(weights)} a run"
 
 
 def peak_memory() -> int:

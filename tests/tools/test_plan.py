@@ -32,6 +32,17 @@ def test_plan_is_what_happens(built, optimizer):
     assert re.search(r"^disk +blocks \d+ MiB", out, re.M)
 
 
+def test_kept_trunks_take_disk(built):
+    """A checkpoint of AdamW is the weights, the best of them, and two averages: four times the model."""
+    wide = ("--model.n_embd", "256", "--optimizer.schedule", "wsd", "--runtime.keep_trunks", "3")
+    status, out, err = run_stage(built, "tools.plan", *wide)
+    assert status == 0, err
+    parameters = int(re.search(r"with ([\d,]+) parameters", out)[1].replace(",", ""))
+    during, after = map(int, re.search(r"checkpoints (\d+) MiB .* up to (\d+) MiB after", out).groups())
+    assert after == pytest.approx(3 * 16 * parameters / 2**20, abs=1)
+    assert during == pytest.approx((plan.KEPT + 1 + 3) * 16 * parameters / 2**20, abs=1)
+
+
 def test_a_training_shorter_than_the_trial(built):
     status, out, err = run_stage(built, "tools.plan", "--trainer.max_epochs", "null", "--trainer.max_steps", "1")
     assert status == 0, err
