@@ -110,6 +110,7 @@ class Muon(torch.optim.Optimizer):
     def even(momentum: Tensor, squares: list[Tensor], beta2: float, size: float) -> Tensor:
         """The updates of (N, n, m) matrices, n <= m, times `size`; their (1, m) running mean squares take them in."""
         updates = orthogonal(momentum)
+        # A copy in float32 too, where squaring in place would square the updates.
         new = updates.to(torch.float32, copy=True).square_().mean(-2, keepdim=True)
         torch._foreach_lerp_(squares, list(new.to(squares[0].dtype)), 1 - beta2)
         scale = 1 / (torch.stack(squares).float().sqrt() + 1e-8)

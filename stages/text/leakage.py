@@ -91,6 +91,7 @@ class Part:
 
 
 def parts(batch: Batch) -> Iterator[Part]:
+    """A batch in one part; the one document of a large batch in several."""
     text = np.frombuffer(batch.text, np.uint8)[: batch.offsets[-1]]
     if len(text) <= PART_BYTES:
         yield Part(text, batch.offsets)

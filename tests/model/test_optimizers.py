@@ -75,7 +75,7 @@ def test_muon_without_its_neurons_is_torchs(monkeypatch):
     """And with the Frobenius norm, with which torch's begins."""
 
     def even(self, momentum, squares, beta2, size):
-        matrices = [orthogonal(x.double(), norm=x.double().norm()) for x in momentum]
+        matrices = [orthogonal(x, norm=x.double().norm()) for x in momentum]
         return size * torch.stack(matrices).to(momentum.dtype)
 
     monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: True)

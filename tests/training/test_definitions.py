@@ -150,7 +150,6 @@ def test_checkpoints_by_the_clock(files, monkeypatch):  # noqa: F811
         saved.clear()
         status, _, err = run_stage(
             files, "train", *SHORT, "--trainer.limit_train_batches", "11", "--seed_everything", str(minutes),
-            *("--optimizer.schedule", "linear"),  # without the checkpoint at the end of a trunk
             *("--runtime.checkpoint_every_n_minutes", str(minutes), "--runtime.checkpoint_every_n_steps", "0"),
         )  # fmt: skip
         assert status == 0, err

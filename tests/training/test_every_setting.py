@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, digests, set_params, train_inputs
+from conftest import ROOT, set_params, train_inputs
 from forks import forked
+from test_resume import made
 
 TABLE = re.findall(
     r"^\| `([\w.]+)` \| `(.+?)` \| (exact|refused|not exact)\b.*\|$", (ROOT / "docs/resume.md").read_text(), re.M
@@ -20,7 +21,6 @@ BASE = [
     "runtime.checkpoint_every_n_minutes=0",
 ]
 EVERY = "--runtime.checkpoint_every_n_steps=3"
-MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,6 @@ def fresh(built, tmp_path_factory) -> Path:
     set_params(project, *BASE)
     shutil.copy(ROOT / "tests/probe.py", project / "my_callbacks.py")
     return project
-
-
-def made(project: Path) -> dict[str, str]:
-    return digests(project, *MADE)
 
 
 def copy_of(fresh: Path, target: Path) -> Path:

@@ -10,8 +10,7 @@ from forks import forked
 from test_resume import made, signal_when
 
 WSD = [
-    *("--optimizer.schedule", "wsd", "--optimizer.decay_fraction", "0.2"),
-    *("--model.block_size", "64", "--optimizer.batch_size", "4"),
+    *("--optimizer.schedule", "wsd", "--model.block_size", "64", "--optimizer.batch_size", "4"),
     *("--trainer.val_check_interval", "0.4", "--runtime.enable_progress_bar", "false"),
 ]
 THREE_THEN_TWO = "{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 3, 1: 2}}}"

@@ -20,15 +20,14 @@ import forks
 import pytest
 import safetensors.torch
 import torch
-from conftest import digests, run_stage, set_params, train_inputs
+from conftest import run_stage, set_params, train_inputs
 from forks import after_step
+from test_resume import made
 
 SETTINGS = [
     *("trainer.accelerator=cpu", "trainer.max_steps=8", "trainer.val_check_interval=2", "optimizer.name=muon"),
     *("optimizer.batch_size=6", "runtime.checkpoint_every_n_steps=2", "runtime.enable_progress_bar=false"),
 ]
-WSD = ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.5"]
-MADE = ("models/gpt2", "metrics/train.csv", "metrics/valid.csv")
 
 
 def together(project: Path, count: int, prepare: Callable[[int], None] = lambda rank: None) -> tuple[list[int], str]:
@@ -142,7 +141,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(project, whole):
     (unfinished / "__0_0.distcp").touch()
     statuses, log = together(project, 2)
     assert statuses == [0, 0] and "step-000000004.ckpt\n" in log, log
-    assert digests(project, *MADE) == digests(whole, *MADE)
+    assert made(project) == made(whole)
     assert not unfinished.exists()
     names = [file.name for file in sorted(folder.parent.glob("*.ckpt"))]  # one may still be about to be deleted
     assert names == ["final.ckpt", *(f"step-{step:09d}.ckpt" for step in (3, 4, 6))]
@@ -152,13 +151,13 @@ def test_a_longer_training_goes_on_from_the_trunk(fresh, tmp_path):
     """By the default schedule."""
     short, longer = (shutil.copytree(fresh, tmp_path / name) for name in ("short", "longer"))
     for project, steps in ((short, 8), (longer, 12)):
-        set_params(project, *WSD, f"trainer.max_steps={steps}")
+        set_params(project, "optimizer.schedule=wsd", "optimizer.decay_fraction=0.5", f"trainer.max_steps={steps}")
         statuses, log = together(project, 2)
         assert statuses == [0, 0] and "going on" not in log, log
     set_params(short, "trainer.max_steps=12")
     statuses, log = together(short, 2)
     assert statuses == [0, 0] and "of the trunk: 8 steps to train in place of 12" in log, log
-    assert digests(short, *MADE) == digests(longer, *MADE)
+    assert made(short) == made(longer)
 
 
 def test_others_go_on_with_it_where_it_is_not_damaged(project, whole, tmp_path):
@@ -198,7 +197,7 @@ def test_the_model_of_a_finished_run_is_exported_again(whole, tmp_path):
     shutil.rmtree(project / "models/gpt2")
     statuses, log = together(project, 2)
     assert statuses == [0, 0] and "final.ckpt\n" in log, log
-    assert digests(project, *MADE) == digests(whole, *MADE)
+    assert made(project) == made(whole)
 
 
 @pytest.mark.parametrize("damage", ["code", "missing"])
@@ -231,11 +230,11 @@ def test_a_full_disk_is_said_in_a_line(fresh, tmp_path):
 
 def test_a_checkpoint_of_the_other_kind_gives_way(tmp_path):
     file, folder, path = tmp_path / "file", tmp_path / "folder", tmp_path / "step-000000001.ckpt"
-    for made in (file, folder, file, folder, folder):
+    for new in (file, folder, file, folder, folder):
         file.write_text(json.dumps({}))
         folder.mkdir(exist_ok=True)
         (folder / "rest.pt").touch()
-        checkpoint_files.put(made, path)
-        assert path.is_dir() == (made == folder) and not made.exists()
+        checkpoint_files.put(new, path)
+        assert path.is_dir() == (new == folder) and not new.exists()
     checkpoint_files.delete(path)
     assert [each.name for each in tmp_path.iterdir()] == ["file"]

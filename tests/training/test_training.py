@@ -100,16 +100,7 @@ def independent_training(seen, rates: list[float], accumulate: int, clip: float 
 def test_training_is_what_a_plain_loop_computes(files, schedule, accumulate, clip, decay):
     seen = train(
         files,
-        *(
-            "--optimizer.schedule",
-            schedule,
-            "--optimizer.decay_fraction",
-            "0.2",
-            "--optimizer.num_warmup_steps",
-            "4",
-            "--optimizer.min_lr_ratio",
-            "0.2",
-        ),
+        *("--optimizer.schedule", schedule, "--optimizer.num_warmup_steps", "4", "--optimizer.min_lr_ratio", "0.2"),
         *("--optimizer.weight_decay", str(decay), "--trainer.gradient_clip_val", "null" if clip is None else str(clip)),
         *("--trainer.accumulate_grad_batches", str(accumulate), "--trainer.limit_train_batches", "18"),
     )
