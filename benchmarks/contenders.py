@@ -139,7 +139,7 @@ def nanogpt(settings) -> None:
     data = Path("data/nanogpt")
     data.mkdir()
     for name in ("train", "val"):
-        split.tokens.astype(np.uint16).tofile(data / f"{name}.bin")
+        split.tokens[:].astype(np.uint16).tofile(data / f"{name}.bin")
     (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": split.vocab_size}))
     shutil.copy(checkout / "configurator.py", ".")
     bf16 = settings.trainer.precision == "bf16-mixed"

@@ -135,8 +135,9 @@ def compare(
     """
     with fresh_blocks(settings.data, ["test"], tokenizer_folder) as splits:
         split = splits["test"]
+        tokens = split.tokens[:]
         its = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        documents = np.split(split.tokens, np.flatnonzero(split.tokens == tokenizer.end_of_text))[1:-1]
+        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.end_of_text))[1:-1]
         texts = [*HARD_TEXTS, *tokenizer.decode_batch([ids[1:].tolist() for ids in documents])]
         same = sum(
             its.encode(text, add_special_tokens=False, split_special_tokens=True) == tokenizer.encode(text)
@@ -144,8 +145,8 @@ def compare(
         )
         T, batch_size = checked_stride(model, split, None), settings.evaluate.batch_size
         nll = sum(part[2].astype(np.float64).sum() for part in token_losses(model, split, T, batch_size))
-        its_nll = file_nll(folder / "model.gguf", split.tokens, T)
-    ppl, its_ppl = (perplexity(total / (len(split.tokens) - 1)) for total in (nll, its_nll))
+        its_nll = file_nll(folder / "model.gguf", tokens, T)
+    ppl, its_ppl = (perplexity(total / (len(tokens) - 1)) for total in (nll, its_nll))
     print(f"token ids: {same:,} of {len(texts):,} texts the same   test ppl: checkpoint {ppl:.4f}, file {its_ppl:.4f}")
     if same < len(texts) or not math.isclose(ppl, its_ppl, rel_tol=1e-4):
         raise UserError("--format gguf: the file isn't the checkpoint: nothing is kept of it")

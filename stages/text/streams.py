@@ -1,18 +1,18 @@
 """data/blocks/: the token stream of each split, and what it was made of.
 
 A split's stream is the end-of-text token, then the documents in file order, each followed by
-end-of-text. It lies in SPLIT.npy (uint16 when the vocabulary fits, else uint32) and is mapped
-into memory at use; SPLIT.documents.npy holds the UTF-8 bytes and words of each document. SPLIT.json
-holds its counts and a hash of its text, and meta.json what all splits share: the
-tokenizer's fingerprint, its vocabulary's size and its end-of-text id. So one split's text
-changes no other split's files.
+end-of-text. It lies in SPLIT.npy (uint16 when the vocabulary fits, else uint32; the files of a
+long one: text/shards.py) and is mapped into memory at use; SPLIT.documents.npy holds the UTF-8
+bytes and words of each document. SPLIT.json holds its counts and a hash of its text, and meta.json
+what all splits share: the tokenizer's fingerprint, its vocabulary's size and its end-of-text id.
+So one split's text changes no other split's files.
 """
 
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,12 +26,12 @@ from stages.common.settings import Data, Runtime
 from stages.text.corpus import Documents
 from stages.text.encoding import BATCH_BYTES, Encoder, document_parts, take
 from stages.text.engine import in_tasks
+from stages.text.shards import CHUNK, TokenFiles, TokenWriter, write_header
 from stages.text.splits import write_splits
 from stages.text.tokenizers import COMPARED_BYTES, TextTokenizer, load_tokenizer
 
 import numpy as np
 
-CHUNK_BYTES = 1 << 22
 AGAIN = "make it again with `dvc repro tokenize_blocks` (or --force)"
 
 
@@ -41,7 +41,7 @@ class Split:
 
     Args:
         name: train, valid or test.
-        tokens: (N,) uint16 or uint32, mapped into memory.
+        tokens: N ids, uint16 or uint32, mapped into memory.
         documents: how many documents it holds.
         bytes: UTF-8 bytes of the documents.
         words: whitespace-separated words of the documents.
@@ -55,7 +55,7 @@ class Split:
     """
 
     name: str
-    tokens: np.ndarray
+    tokens: TokenFiles
     documents: int
     bytes: int
     words: int
@@ -106,22 +106,17 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
     path = Path(folder, f"{name}.npy")
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         counts = json.loads(path.with_suffix(".json").read_text())
-        split = Split(
+        return Split(
             name,
-            tokens,
+            TokenFiles(path, counts["tokens"], token_dtype(meta["vocab_size"])),
             path=path,
             **{key: meta[key] for key in ("vocab_size", "tokenizer", "end_of_text")},
             **{key: counts[key] for key in ("documents", "bytes", "words", "text", "sha256")},
             changed_documents=counts.get("changed_documents", 0),
         )
-        expected = counts["tokens"]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path}: can't be read as token blocks ({error}): {AGAIN}") from None
-    if tokens.shape != (expected,) or tokens.dtype != token_dtype(split.vocab_size):
-        raise UserError(f"{path}: {tokens.dtype} {tokens.shape} is not what its .json files say: {AGAIN}")
-    return split
 
 
 @contextmanager
@@ -200,39 +195,32 @@ def write_part(folder: Path, rank: int, tasks: int, paths: dict[str, Path], toke
 
 
 def write_stream(target: Path, encoder: Encoder, documents: Documents, share: range, opening: list[int]) -> dict:
-    """Writes one split's stream, or a share of it, to an .npy file, in memory that doesn't grow with the text.
+    """Writes one split's stream, or a share of it, in memory that doesn't grow with the text.
 
     Args:
         share: which of the documents' record batches.
         opening: ids before those of the first document.
     """
     tokenizer = encoder.tokenizer
-    dtype, tokens, digest = token_dtype(tokenizer.vocab_size), 0, hashlib.sha256()
     with (
-        target.open("wb") as file,
+        closing(TokenWriter(target, token_dtype(tokenizer.vocab_size))) as stream,
         target.with_suffix(".documents.npy").open("wb") as sizes,
         progress_bar(documents.size, documents.name) as bar,
     ):
-        # A header has a fixed size, so it can be written again once the length is known.
-        np.lib.format.write_array_header_1_0(file, header((0,), dtype))
-        np.lib.format.write_array_header_1_0(sizes, header((0, 2), np.dtype(np.uint64)))
+        write_header(sizes, (0, 2), np.dtype(np.uint64))
         texts = documents.documents(share)
         parts = chain.from_iterable(document_parts(text, encoder.path, tokenizer.cut) for text in texts)
         for ids in chain([np.array(opening)], encoder.streams(parts)):
-            ids = ids.astype(dtype)
-            file.write(ids.data)
-            digest.update(ids.data)
-            tokens += len(ids)
+            stream.write(ids)
             sizes.write(np.array(encoder.sizes, np.uint64).data)
             encoder.sizes.clear()
             bar.update(encoder.bytes - bar.n)
             documents.release()
         bar.update(documents.size - bar.n)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header((tokens,), dtype))
         sizes.seek(0)
-        np.lib.format.write_array_header_1_0(sizes, header((encoder.documents, 2), np.dtype(np.uint64)))
-    return {"tokens": tokens} | encoder.counts() | {"sha256": digest.hexdigest(), "first": encoder.changes.first}
+        write_header(sizes, (encoder.documents, 2), np.dtype(np.uint64))
+    sha256 = stream.digest.hexdigest()
+    return {"tokens": stream.count} | encoder.counts() | {"sha256": sha256, "first": encoder.changes.first}
 
 
 def encode_beginning(tokenizer: TextTokenizer, splits: dict[str, Documents]) -> None:
@@ -260,26 +248,17 @@ def join(target: Path, parts: list[Path], documents: Documents) -> dict:
             text.update(len(document).to_bytes(8, "little"))
             bar.update(len(document))
     total = {key: sum(count[key] for count in counts) for key in counts[0] if key not in ("text", "sha256", "first")}
-    sha256 = join_arrays(target, [part / target.name for part in parts], total["tokens"])
-    sizes = target.with_suffix(".documents.npy")
-    join_arrays(sizes, [part / sizes.name for part in parts], total["documents"])
-    return total | {"text": text.hexdigest(), "sha256": sha256, "first": first}
-
-
-def join_arrays(target: Path, parts: list[Path], rows: int) -> str:
-    """Writes the arrays of .npy files one after the other; returns the SHA-256 of their bytes."""
-    digest = hashlib.sha256()
-    with target.open("wb") as file:
-        for i, part in enumerate(parts):
-            with part.open("rb") as source:
-                np.lib.format.read_magic(source)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(source)
-                if i == 0:
-                    np.lib.format.write_array_header_1_0(file, header((rows, *shape[1:]), dtype))
-                while chunk := source.read(CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-    return digest.hexdigest()
+    dtype = token_dtype(json.loads((parts[0] / "meta.json").read_text())["vocab_size"])
+    with closing(TokenWriter(target, dtype)) as stream:
+        for part, count in zip(parts, counts, strict=True):
+            ids = TokenFiles(part / target.name, count["tokens"], dtype)
+            for i in range(0, len(ids), CHUNK):
+                stream.write(ids[i : i + CHUNK])
+    with target.with_suffix(".documents.npy").open("wb") as sizes:
+        write_header(sizes, (total["documents"], 2), np.dtype(np.uint64))
+        for part in parts:
+            sizes.write(np.load(part / f"{target.stem}.documents.npy", mmap_mode="r").data)
+    return total | {"text": text.hexdigest(), "sha256": stream.digest.hexdigest(), "first": first}
 
 
 def token_figures(counts: dict) -> dict:
@@ -313,8 +292,3 @@ def say_changes(counts: dict[str, dict], first: dict[str, tuple[int, str, str] |
             f"the tokenizer changes the text of {many} documents, first {text!r} to {back!r} in {changed[0]} document "
             f"{number:,}: bytes and words are those of the original text"
         )
-
-
-def header(shape: tuple[int, ...], dtype: np.dtype) -> dict:
-    """What an .npy file says of its array."""
-    return {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}

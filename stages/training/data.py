@@ -47,6 +47,26 @@ def permuted(places: np.ndarray, size: int, key: list[int]) -> np.ndarray:
     return numbers.astype(np.int64)
 
 
+def shuffled(places: np.ndarray, edges: np.ndarray, key: list[int]) -> np.ndarray:
+    """The blocks at these places of an epoch: one file of the stream after the other, in a random order, and the
+    blocks of each in a random order of its own. So a file is read once an epoch, and only one is needed at a time.
+
+    Args:
+        places: int64, each in [0, edges[-1]).
+        edges: (files + 1,) the first block that begins in each file, and the number of all.
+        key: whole numbers that decide the order.
+    """
+    sizes = np.diff(edges)
+    order = permuted(np.arange(len(sizes)), len(sizes), [*key, len(sizes)])
+    ends = np.cumsum(sizes[order])
+    turns, blocks = np.searchsorted(ends, places, side="right"), np.empty_like(places)
+    for turn in np.unique(turns):
+        file, here = order[turn], turns == turn
+        within = places[here] - ends[turn] + sizes[file]
+        blocks[here] = edges[file] + permuted(within, int(sizes[file]), [*key, file])
+    return blocks
+
+
 class BlockDataset(Dataset):
     """Blocks of a token stream: inputs and, one further, their targets."""
 
@@ -65,18 +85,18 @@ class ShuffledBatches(Sampler):
     many there are. An incomplete last batch of an epoch is left out.
     """
 
-    def __init__(self, blocks: int, batch_size: int, seed: int, trainer: pl.Trainer):
-        self.blocks, self.batch_size, self.seed, self.trainer = blocks, batch_size, seed, trainer
+    def __init__(self, edges: np.ndarray, batch_size: int, seed: int, trainer: pl.Trainer):
+        self.edges, self.batch_size, self.seed, self.trainer = edges, batch_size, seed, trainer
 
     def __len__(self) -> int:
-        return self.blocks // self.batch_size
+        return int(self.edges[-1]) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         key = [self.seed, self.trainer.current_epoch]
         for i in range(batches_done(self.trainer), len(self)):
             batch = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
             if not self.trainer.overfit_batches:  # else the same few batches in every epoch
-                batch = permuted(batch, self.blocks, key)
+                batch = shuffled(batch, self.edges, key)
             yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
 
 
@@ -129,9 +149,9 @@ class Blocks(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        blocks = (len(self.train.tokens) - 1) // self.T
-        seed = self.settings.seed_everything
-        return self.loader(self.train, ShuffledBatches(blocks, self.batch_size, seed, self.trainer))
+        blocks, seed = (len(self.train.tokens) - 1) // self.T, self.settings.seed_everything
+        edges = np.minimum(-(-self.train.tokens.edges // self.T), blocks)
+        return self.loader(self.train, ShuffledBatches(edges, self.batch_size, seed, self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         whole = (len(self.valid.tokens) - 1) // self.T

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from stages.training.data import Blocks, permuted
+from stages.training.data import Blocks, permuted, shuffled
 
 import numpy as np
 import pytest
@@ -66,3 +66,20 @@ def test_every_block_stands_at_every_place_equally_often(size):
     for epoch in range(4000):
         counts[np.arange(size), permuted(np.arange(size), size, [1, epoch])] += 1
     assert min(chisquare(place).pvalue for place in counts) > 1e-4
+
+
+def test_an_epoch_goes_through_one_file_of_a_long_stream_after_the_other():
+    edges = np.array([0, 40, 70, 75])
+    orders = [shuffled(np.arange(75), edges, [1, epoch]) for epoch in range(50)]
+    for order in orders:
+        assert sorted(order) == list(range(75))
+        files = np.searchsorted(edges, order, side="right") - 1
+        assert (np.diff(files) != 0).sum() == 2
+    assert [shuffled(np.array([i]), edges, [1, 0])[0] for i in range(75)] == orders[0].tolist()
+    assert len({tuple(order) for order in orders}) == 50
+    assert {np.searchsorted(edges, order[0], side="right") for order in orders} == {1, 2, 3}
+
+
+def test_the_blocks_of_one_file_stand_in_the_order_of_their_seed_and_epoch():
+    places = np.array([3, 0, 74])
+    assert shuffled(places, np.array([0, 75]), [1, 2]).tolist() == permuted(places, 75, [1, 2]).tolist()
