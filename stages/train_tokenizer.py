@@ -75,7 +75,7 @@ def train(text: Documents, settings: TokenizerSettings) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     normalizer = normalizers.NFKC() if settings.normalization else None
-    control = [AddedToken(t, special=True, normalized=False) for t in (END_OF_TEXT, *settings.special_tokens)]
+    control = [AddedToken(t, normalized=False) for t in (END_OF_TEXT, *settings.special_tokens)]
     if settings.algorithm == "bpe":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, byte_level

@@ -48,9 +48,10 @@ ROOMS = {
         "processes": "training/launchers",
     }),
     "stages/text": (TEXT, {
-        **dict.fromkeys(("corpus", "leakage", "sources", "splits"), "text/corpus"),
+        **dict.fromkeys(("corpus", "leakage", "splits"), "text/corpus"),
         **dict.fromkeys(("encoding", "streams", "tokenizers"), TOKENS),
-        "engine": "text/engine",
+        **dict.fromkeys(("engine", "sources"), "text/corpus text/engine"),
+        "shards": "text/shards",
     }),
     "stages/model": (["train", "evaluate"], {
         "gpt2": "model/gpt2 model/ops tools/generate training/definitions project/inputs",
@@ -72,7 +73,7 @@ ROOMS = {
         **dict.fromkeys(("parts", "sharded"), "training/parts training/scale"),
         "trainer": "training/figures project/inputs",
     }),
-    "stages/watch": (["train"], {"progress": "watch/history", "summary": "watch/history training/definitions"}),
+    "stages/watch": (["train"], {"progress": f"watch/history {RESUME}", "summary": "watch/history training/definitions"}),
     "tools": ([], {
         "checkpoints": CLEAN,
         **dict.fromkeys(("compare", "verdict", "runs"), "tools/compare tools/report"),

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 
-from stages.common import devices
+from stages.common import devices, errors
 from stages.common.errors import UserError
 from stages.common.settings import load
 from stages.training.trainer import on_this_machine
@@ -170,3 +170,18 @@ def test_settings_alone_need_no_lightning(folder):
     look = "import sys; from stages.common.settings import load; load('x', '', argv=[])"
     loaded = run("python", "-c", f"{look}; print(*sys.modules)", cwd=folder, env={"PYTHONPATH": str(ROOT)}).stdout
     assert not {"torch", "pytorch_lightning", "transformers"} & set(loaded.split())
+
+
+@pytest.mark.parametrize(("capability", "multiplies"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_gpu_multiplies_bf16_from_compute_capability_8(monkeypatch, capability, multiplies):
+    monkeypatch.setattr(devices.torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.multiplies_bf16(devices.torch.device("cuda")) == multiplies
+
+
+def test_ctrl_c_ends_a_stage_with_the_status_of_the_signal(capfd):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(interrupted)
+    assert stopped.value.code == 130 and capfd.readouterr() == ("", "")

@@ -159,7 +159,10 @@ ANCHOR_BOMB = "bomb:\n  - &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"  - &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
 )
 
-ENDLESS = {"type": "Split", "pattern": {"Regex": r"(\w+\s?)+$"}, "behavior": "Isolated", "invert": False}
+ENDLESS, ENDLESS_LATER = (
+    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    for pattern in (r"(\w+\s?)+$", r"And (\w+\s?)+$")
+)
 
 # name: (stage, settings as group.key=value / an edit / command line, what the line says)
 TEXT = {
@@ -235,6 +238,11 @@ TOKENIZER = {
     "tokenizer whose pattern never ends": (
         "tokenize_blocks",
         [json_file("models/tokenizer/tokenizer.json", pre_tokenizer=ENDLESS)],
+        r"the tokenizer gave up on this text \(Onig: .*retry-limit.*\): set another tokenizer\.tokenizer_model",
+    ),
+    "tokenizer whose pattern never ends in a text": (
+        "tokenize_blocks",
+        [json_file("models/tokenizer/tokenizer.json", pre_tokenizer=ENDLESS_LATER)],
         r"the tokenizer gave up on this text \(Onig: .*retry-limit.*\): set another tokenizer\.tokenizer_model",
     ),
     "tokenizer folder whose pattern never ends": (
@@ -681,6 +689,7 @@ def test_bad_input_is_one_line_and_changes_nothing(files, name):
     [
         "file is missing",
         "tokenizer whose pattern never ends",
+        "tokenizer whose pattern never ends in a text",
         "tokenizer folder whose pattern never ends",
         "loss turns NaN",
         "evaluate: weights are a pickle",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import string
 import sys
@@ -383,3 +384,10 @@ def test_the_faster_library_is_left_where_its_ids_differ(tmp_path, monkeypatch, 
     assert capsys.readouterr().err.endswith(note)
     stream, tokenizer = np.load(tmp_path / "blocks/train.npy"), byte_level()
     assert stream.tolist() == [0] + [i for line in text.split("\n") if line for i in (*tokenizer.encode(line).ids, 0)]
+
+
+def test_silent_rust_is_silent_no_longer_than_asked(capfd):
+    with tokenizers.silent_rust():
+        os.write(2, b"hidden")
+    os.write(2, b"seen")
+    assert capfd.readouterr().err == "seen"

@@ -148,6 +148,17 @@ def test_header_sorts_by_mouse_and_keyboard(opened):
     assert figures() == sorted(figures(), reverse=True) and header.get_attribute("aria-sort") == "descending"
 
 
+def test_the_newest_commit_and_the_one_before_it_are_selected_at_first(opened):
+    """Whatever experiments stand between them."""
+    opened.refresh()
+    wait(opened, lambda: opened.find_elements("css selector", "#bits svg"))
+    names = texts(opened, "#runs tbody .name b")
+    chosen = opened.execute_script(
+        "return [...document.querySelectorAll('#runs tbody tr')].map(r => r.classList.contains('selected'))"
+    )
+    assert [name for name, on in zip(names, chosen) if on] == ["Other text", HOSTILE]
+
+
 def test_selected_runs_are_drawn_and_compared(opened):
     rows = texts(opened, "#runs tbody .name b")
     select(opened, rows.index("Twice the width"), rows.index("Seed 2"))

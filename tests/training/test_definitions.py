@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -133,21 +134,29 @@ def test_compile_compiles(monkeypatch):
 
 def test_checkpoints_by_the_clock(files, monkeypatch):  # noqa: F811
     """A step of this clock takes 25 seconds: with one minute between them, every third step makes a checkpoint."""
-    clock, saved = [0.0], []
+    clock, saved, validated = [0.0], [], []
     save, end = checkpoints.Checkpoints.save, history.History.on_train_batch_end
 
     def tick(self, *rest):
         clock[0] += 25
         end(self, *rest)
 
+    validate = module.LanguageModel.validation_step
+
+    def tick_too(self, *rest):
+        clock[0] += 1
+        validated.append(self)
+        return validate(self, *rest)
+
     monkeypatch.setattr(history.History, "on_train_batch_end", tick)
+    monkeypatch.setattr(module.LanguageModel, "validation_step", tick_too)
     monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(checkpoints, "LONG_VALIDATION_SECONDS", float("nan"))
     monkeypatch.setattr(
         checkpoints.Checkpoints, "save", lambda self, trainer: (saved.append(trainer.global_step), save(self, trainer))
     )
     for minutes, expected in ((1, [3, 6, 9]), (0, [])):
-        saved.clear()
+        saved.clear(), validated.clear()
         status, _, err = run_stage(
             files, "train", *SHORT, "--trainer.limit_train_batches", "11", "--seed_everything", str(minutes),
             *("--runtime.checkpoint_every_n_minutes", str(minutes), "--runtime.checkpoint_every_n_steps", "0"),
@@ -155,7 +164,25 @@ def test_checkpoints_by_the_clock(files, monkeypatch):  # noqa: F811
         assert status == 0, err
         assert saved == expected
         figures = json.loads((files / "metrics/run.json").read_text())
-        assert (figures["train_seconds"], figures["tokens_per_second"]) == (11 * 25, round(11 * 24 * 16 / (11 * 25)))
+        assert validated and figures["train_seconds"] == 11 * 25 + len(validated)
+        assert figures["tokens_per_second"] == round(11 * 24 * 16 / (11 * 25))
+
+
+def test_points_of_the_history_become_fewer(files, monkeypatch):  # noqa: F811
+    """Of 20 steps, when there may be 8 points: each of the first 16 is in a mean of four, and so are the last four."""
+    few = ("--trainer.limit_train_batches", "20", "--trainer.val_check_interval", "1.0", "--model.block_size", "8")
+    tables = {}
+    for points in (200, 8):
+        monkeypatch.setattr(history, "HISTORY_POINTS", points)
+        shutil.rmtree(files / "models/checkpoints", ignore_errors=True)  # or it would go on from its end
+        status, _, err = run_stage(files, "train", *SHORT, *few)
+        assert status == 0, err
+        tables[points] = pd.read_csv(files / "metrics/train.csv")
+    every, points = tables[200], tables[8]
+    assert every.step.tolist() == list(range(1, 21)) and points.step.tolist() == [4, 8, 12, 16, 20]
+    assert points.train_loss.tolist() == pytest.approx(every.train_loss.to_numpy().reshape(5, 4).mean(1).tolist())
+    last = ["step", "tokens", "lr", "grad_norm"]
+    assert points[last].equals(every[last][3::4].reset_index(drop=True))
 
 
 def test_sigusr1_stops_and_goes_on(files, monkeypatch):  # noqa: F811

@@ -139,20 +139,21 @@ def test_a_resume_has_the_same_bytes_and_shares_the_work(project, built, tmp_pat
         *("trainer.accelerator=cpu", "trainer.devices=3", f"trainer.strategy={strategy}"),
         *("optimizer.batch_size=6", "optimizer.name=muon", f"trainer.precision={precision}"),
         *("trainer.max_steps=8", "trainer.accumulate_grad_batches=2"),
-        "runtime.checkpoint_every_n_steps=2",
-        "trainer.callbacks=[{class_path: probe.Stop}, {class_path: probe.Shares, init_args: {folder: shares}}]",
+        "runtime.checkpoint_every_n_steps=3",
+        "trainer.callbacks=[{class_path: probe.Stop}, {class_path: probe.Shares, init_args: {folder: shares}}, "
+        "{class_path: probe.FewPoints}]",
     )
     command = (sys.executable, "-m", "stages.train")
     whole = shutil.copytree(project, tmp_path / "whole")
-    runs = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="3")]
+    runs = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="5")]
     (output, _), (stopped, _) = [process.communicate(timeout=200) for process in runs]
     assert runs[0].returncode == 0, output
-    assert "stopped by SIGTERM at step 3" in stopped, stopped
+    assert "stopped by SIGTERM at step 5" in stopped, stopped
     assert faults.damage_newest(project, "with other bytes in it")
     process = start(*command, cwd=project)
     output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and output.count("step-000000003.ckpt is passed over") == 1, output
-    assert "step-000000002.ckpt\n" in output, output
+    assert process.returncode == 0 and output.count("step-000000005.ckpt is passed over") == 1, output
+    assert "step-000000003.ckpt\n" in output, output
     for name in ("models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"):
         assert (project / name).read_bytes() == (whole / name).read_bytes(), name
 
