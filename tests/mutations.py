@@ -73,7 +73,10 @@ ROOMS = {
         **dict.fromkeys(("parts", "sharded"), "training/parts training/scale"),
         "trainer": "training/figures project/inputs",
     }),
-    "stages/watch": (["train"], {"progress": f"watch/history {RESUME}", "summary": "watch/history training/definitions"}),
+    "stages/watch": (["train"], {
+        "progress": f"watch/history {RESUME}",
+        "summary": "watch/history training/definitions",
+    }),
     "tools": ([], {
         "checkpoints": CLEAN,
         **dict.fromkeys(("compare", "verdict", "runs"), "tools/compare tools/report"),

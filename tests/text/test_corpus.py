@@ -264,6 +264,12 @@ def test_leakage_is_counted(project, tmp_path, unit):
     assert sum(row["train"] for row in figures["lengths"]) == pytest.approx(1)
 
 
+def test_documents_that_fill_a_part_stay_apart():
+    offsets = np.array([0, 400_000, leakage.PART_BYTES])
+    (part,) = leakage.parts(Batch(offsets, memoryview(b"a " * (leakage.PART_BYTES // 2))))
+    assert part.offsets.tolist() == offsets.tolist() and len(part.text) == leakage.PART_BYTES
+
+
 @pytest.mark.parametrize("ending", ["", "日本\u3000é "])
 def test_words_of_a_document_larger_than_a_part(monkeypatch, ending):
     text = (sample_lines(0, 60) + ending) * 9
