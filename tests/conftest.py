@@ -1,6 +1,7 @@
 """Projects to test on: copies of this checkout with small text and a small model."""
 
 import contextlib
+import fcntl
 import gc
 import hashlib
 import io
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,15 +191,32 @@ def template(tmp_path_factory) -> Path:
     return small_project(tmp_path_factory.mktemp("template") / "project")
 
 
+def once(tmp_path_factory, name: str, make: Callable[[Path], None]) -> Path:
+    """A project that the first of pytest's processes that needs it makes, for all of them to read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            shutil.rmtree(folder / "project", ignore_errors=True)  # by a process that failed
+            make(folder / "project")
+            (folder / "made").touch()
+    return folder / "project"
+
+
 @pytest.fixture(scope="session")
 def built(template, tmp_path_factory) -> Path:
     """The same project after a real `dvc repro`. Tests read it; those that change it copy it."""
-    project = tmp_path_factory.mktemp("built") / "project"
-    shutil.copytree(template, project)
-    run("dvc", "repro", cwd=project)
-    run("git", "add", "-A", cwd=project)
-    run("git", "commit", "-qm", "built", cwd=project)
-    return project
+
+    def make(project: Path) -> None:
+        shutil.copytree(template, project)
+        run("python", "-m", "compileall", "-q", "stages", "tools", cwd=project)  # or a copy could meet one that comes
+        run("dvc", "repro", cwd=project)
+        run("git", "add", "-A", cwd=project)
+        run("git", "commit", "-qm", "built", cwd=project)
+
+    return once(tmp_path_factory, "built", make)
 
 
 def train_inputs(built: Path, project: Path) -> Path:
@@ -261,20 +280,22 @@ def warm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ready(template, warm, tmp_path_factory) -> Path:
     """A built and committed project that trains for 18 steps, and knows a folder with a pretrained model."""
-    project = tmp_path_factory.mktemp("ready") / "project"
-    shutil.copytree(template, project)
-    set_params(project, "optimizer.batch_size=32", "trainer.max_epochs=1")
-    warm("dvc", "repro", cwd=project)
-    shutil.copytree(project / "models/gpt2", project / "pretrained")
-    pipeline = project / "dvc.yaml"
-    pipeline.write_text(pipeline.read_text().replace("# - path/to/folder", "- pretrained"))
-    (project / "data/more.txt").write_text(sample_lines(12_000, 24))
-    pipeline.write_text(pipeline.read_text().replace("# - path/to/text", "- data/more.txt"))
-    warm("dvc", "repro", cwd=project)
-    shutil.rmtree(project / "models/checkpoints")  # or a forced training would only export the last one
-    run("git", "add", "-A", cwd=project)
-    run("git", "commit", "-qm", "ready", cwd=project)
-    return project
+
+    def make(project: Path) -> None:
+        shutil.copytree(template, project)
+        set_params(project, "optimizer.batch_size=32", "trainer.max_epochs=1")
+        warm("dvc", "repro", cwd=project)
+        shutil.copytree(project / "models/gpt2", project / "pretrained")
+        pipeline = project / "dvc.yaml"
+        pipeline.write_text(pipeline.read_text().replace("# - path/to/folder", "- pretrained"))
+        (project / "data/more.txt").write_text(sample_lines(12_000, 24))
+        pipeline.write_text(pipeline.read_text().replace("# - path/to/text", "- data/more.txt"))
+        warm("dvc", "repro", cwd=project)
+        shutil.rmtree(project / "models/checkpoints")  # or a forced training would only export the last one
+        run("git", "add", "-A", cwd=project)
+        run("git", "commit", "-qm", "ready", cwd=project)
+
+    return once(tmp_path_factory, "ready", make)
 
 
 @pytest.fixture
