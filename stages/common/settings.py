@@ -156,7 +156,7 @@ class Optimizer(Group):
     lr: Positive = about("peak learning rate")
     batch_size: Count = about("blocks in one forward and backward pass, over all devices together")
     weight_decay: PositiveOrZero = about("decoupled weight decay of matrices (biases, norms and vectors have none)")
-    betas: Betas = about("AdamW's decay rates of the running gradient and its square")
+    betas: Betas = about("decay rates of the running gradient and its square: AdamW's, and Muon's momentum and neurons")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = about(
         "what follows the warm-up: cosine, linear, constant, or wsd (constant, then a cooldown that falls as 1 - sqrt)"
     )

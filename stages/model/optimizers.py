@@ -30,7 +30,7 @@ def make_optimizer(
     if settings.name == "muon":
         others = [p for p in matrices if all(p is not h for h in hidden)]
         optimizer = MuonAndAdamW(
-            Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay),
+            Muon(hidden, settings.lr, settings.weight_decay, tuple(settings.betas)),
             torch.optim.AdamW([{"params": others, "weight_decay": settings.weight_decay}, no_decay], **adamw),
         )
     else:
@@ -71,10 +71,12 @@ class Muon(torch.optim.Optimizer):
     https://arxiv.org/abs/2502.16982).
     """
 
-    def __init__(
-        self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95, beta2: float = 0.95
-    ):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "beta2": beta2})
+    def __init__(self, matrices: list[Tensor], lr: float, weight_decay: float, betas: tuple[float, float]):
+        """
+        Args:
+            betas: the momentum, and the decay rate of the neurons' running mean square.
+        """
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -85,13 +87,14 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     squares = here(p).new_zeros(1, max(p.shape))
                     self.state[p].update(momentum_buffer=torch.zeros_like(p), neuron_squares=squares)
+            beta1, beta2 = group["betas"]
             weights, gradients = [here(p) for p in matrices], [here(p.grad) for p in matrices]
             momenta = [here(self.state[p]["momentum_buffer"]) for p in matrices]
             squares = [self.state[p]["neuron_squares"] for p in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            torch._foreach_lerp_(momenta, gradients, 1 - beta1)
             work = SharedWork(matrices)
             dtype = torch.bfloat16 if multiplies_bf16(weights[0].device) else torch.float32
-            updates = [g.lerp(m, group["momentum"]).to(dtype) for g, m in zip(gradients, momenta)]
+            updates = [g.lerp(m, beta1).to(dtype) for g, m in zip(gradients, momenta)]
             updates = work.to_owners(updates)
             same = defaultdict(list)  # a matrix and its transpose have the same singular values
             for i in updates:
@@ -99,7 +102,7 @@ class Muon(torch.optim.Optimizer):
             for shape, members in same.items():
                 momentum = torch.stack([wide(updates.pop(i)) for i in members])
                 size = -0.2 * math.sqrt(shape[1]) * group["lr"]
-                even = self.even(momentum, [squares[i] for i in members], group["beta2"], size)
+                even = self.even(momentum, [squares[i] for i in members], beta2, size)
                 for i, update in zip(members, even):
                     updates[i] = update.t() if matrices[i].shape[0] > matrices[i].shape[1] else update
             for weight, update in zip(weights, work.to_all(updates, squares)):

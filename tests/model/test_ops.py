@@ -137,7 +137,7 @@ def test_an_ordinary_step_never_waits_for_the_gpu():
     model = gpt2.new_model(settings, 300, 0).cuda().train()
     hidden = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not h for h in hidden)]
-    steps = [optimizers.Muon(hidden, lr=1e-3, weight_decay=0.1), torch.optim.AdamW(others, lr=1e-3, fused=True)]
+    steps = [optimizers.Muon(hidden, 1e-3, 0.1, (0.9, 0.95)), torch.optim.AdamW(others, lr=1e-3, fused=True)]
     tokens = torch.randint(300, (4, 65), device="cuda")
     torch.use_deterministic_algorithms(True)
     for step in range(4):

@@ -28,8 +28,8 @@ def written_out(matrices: list[torch.Tensor], steps: int, lr: float, decay: floa
     for step in range(steps):
         for i, gradient in enumerate(gradients(step)):
             gradient = gradient.double()
-            momenta[i] = 0.95 * momenta[i] + 0.05 * gradient
-            update = 0.05 * gradient + 0.95 * momenta[i]
+            momenta[i] = 0.9 * momenta[i] + 0.1 * gradient
+            update = 0.1 * gradient + 0.9 * momenta[i]
             update = orthogonal(update)
             short = 0 if update.shape[0] <= update.shape[1] else 1
             squares[i] = 0.95 * squares[i] + 0.05 * (update**2).mean(short, keepdim=True)
@@ -58,7 +58,7 @@ def moved(matrices: list[torch.Tensor]) -> torch.Tensor:
 def test_muon_is_its_definition(monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: False)
     matrices = start()
-    stepped(optimizers.Muon(matrices, lr=0.02, weight_decay=0.1), matrices, range(6))
+    stepped(optimizers.Muon(matrices, 0.02, 0.1, (0.9, 0.95)), matrices, range(6))
     expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
     assert (moved(matrices) - expected).norm() < 1e-4 * expected.norm()
 
@@ -67,7 +67,7 @@ def test_muon_in_bf16_is_nearly_as_exact(monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: True)
     expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
     matrices = start()
-    stepped(optimizers.Muon(matrices, lr=0.02, weight_decay=0.1), matrices, range(6))
+    stepped(optimizers.Muon(matrices, 0.02, 0.1, (0.9, 0.95)), matrices, range(6))
     assert (moved(matrices) - expected).norm() < 0.05 * expected.norm()
 
 
@@ -81,19 +81,19 @@ def test_muon_without_its_neurons_is_torchs(monkeypatch):
     monkeypatch.setattr(optimizers, "multiplies_bf16", lambda device: True)
     monkeypatch.setattr(optimizers.Muon, "even", even)
     ours, theirs = start(), start()
-    stepped(optimizers.Muon(ours, lr=0.02, weight_decay=0.1), ours, range(6))
-    torchs = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    stepped(optimizers.Muon(ours, 0.02, 0.1, (0.9, 0.95)), ours, range(6))
+    torchs = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     stepped(torchs, theirs, range(6))
     assert (moved(ours) - moved(theirs)).norm() < 0.05 * moved(theirs).norm()
 
 
 def test_muon_goes_on_from_its_state(tmp_path):
     straight, resumed = start(), start()
-    stepped(optimizers.Muon(straight, lr=0.02, weight_decay=0.1), straight, range(4))
-    first = optimizers.Muon(resumed, lr=0.02, weight_decay=0.1)
+    stepped(optimizers.Muon(straight, 0.02, 0.1, (0.9, 0.95)), straight, range(4))
+    first = optimizers.Muon(resumed, 0.02, 0.1, (0.9, 0.95))
     stepped(first, resumed, range(2))
     torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = optimizers.Muon(resumed, lr=0.5, weight_decay=0.3)
+    second = optimizers.Muon(resumed, 0.5, 0.3, (0.5, 0.5))
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     stepped(second, resumed, range(2, 4))
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
@@ -103,7 +103,7 @@ def test_muon_goes_on_from_its_state(tmp_path):
 def test_muon_leaves_what_has_no_gradient(frozen):
     matrices = start()
     matrices[frozen].requires_grad_(False)
-    optimizer = optimizers.Muon(matrices, lr=0.02, weight_decay=0.1)
+    optimizer = optimizers.Muon(matrices, 0.02, 0.1, (0.9, 0.95))
     for i, (matrix, gradient) in enumerate(zip(matrices, gradients(0))):
         matrix.grad = None if i == frozen else gradient
     optimizer.step()
@@ -122,7 +122,7 @@ mesh = init_device_mesh("cpu", (3,))
 expected = moved(written_out([matrix.detach().double() for matrix in start()], 6, 0.02, 0.1))
 for split in (lambda matrix: matrix, lambda matrix: distribute_tensor(matrix, mesh, [Shard(0)])):
     matrices = [torch.nn.Parameter(split(matrix.detach())) for matrix in start()]
-    muon = optimizers.Muon(matrices, lr=0.02, weight_decay=0.1)
+    muon = optimizers.Muon(matrices, 0.02, 0.1, (0.9, 0.95))
     for step in range(6):
         for matrix, gradient in zip(matrices, gradients(step)):
             matrix.grad = split(gradient)

@@ -55,10 +55,10 @@ def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate
                 if not re.search(r"bias|ln_", name):
                     p *= 1 - rate * decay
                 if muon and p.ndim == 2 and ".h." in name:
-                    first[name] = 0.95 * first.get(name, 0) + 0.05 * grad
-                    update = orthogonal(0.95 * first[name] + 0.05 * grad)
+                    first[name] = betas[0] * first.get(name, 0) + (1 - betas[0]) * grad
+                    update = orthogonal(betas[0] * first[name] + (1 - betas[0]) * grad)
                     squares = (update**2).mean(0 if p.shape[0] <= p.shape[1] else 1, keepdim=True)
-                    second[name] = 0.95 * second.get(name, 0) + 0.05 * squares
+                    second[name] = betas[1] * second.get(name, 0) + (1 - betas[1]) * squares
                     even = update / second[name].sqrt()
                     p -= rate * 0.2 * math.sqrt(max(p.shape)) * even * update.norm() / even.norm()
                 else:
@@ -73,7 +73,10 @@ def plain_loop(seen, rates, muon=False, betas=(0.9, 0.95), decay=0.0, accumulate
 @pytest.mark.parametrize(
     "settings, definition",
     [
-        (["--optimizer.name", "muon", "--optimizer.weight_decay", "0.5"], {"muon": True, "decay": 0.5}),
+        (
+            ["--optimizer.name", "muon", "--optimizer.weight_decay", "0.5", "--optimizer.betas", "[0.8, 0.9]"],
+            {"muon": True, "decay": 0.5, "betas": (0.8, 0.9)},
+        ),
         (["--optimizer.betas", "[0.7, 0.8]", "--optimizer.weight_decay", "0.0"], {"betas": (0.7, 0.8)}),
         (
             ["--trainer.gradient_clip_val", "0.002", "--trainer.gradient_clip_algorithm", "value",
