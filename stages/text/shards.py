@@ -6,6 +6,7 @@ Each holds SHARD_TOKENS ids and the last one the rest, so most streams are one f
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def shard(path: Path, number: int) -> Path:
     return path.with_suffix(f".{number}.npy") if number else path
 
 
-def write_header(file, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def write_header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
     """The beginning of an .npy file: of one size whatever the length, so it can be written again."""
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
