@@ -5,6 +5,7 @@ import fcntl
 import gc
 import hashlib
 import io
+import json
 import os
 import pty
 import re
@@ -112,6 +113,28 @@ def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
+
+
+def first_loss(project: Path, windows: list[list[int]]):
+    """The loss of the model that a training of this project starts from, in float32 with a graph, and the model.
+
+    Args:
+        windows: token ids, each input one before its target.
+    """
+    from stages.common.settings import load
+    from stages.model import gpt2
+
+    import pytorch_lightning as pl
+    import torch
+
+    with contextlib.chdir(project):
+        settings = load("stages.train", "", argv=[])
+    meta = json.loads((project / "data/blocks/meta.json").read_text())
+    pl.seed_everything(settings.seed_everything, verbose=False)
+    model = gpt2.new_model(settings.model, meta["vocab_size"], meta["end_of_text"])
+    batch = torch.tensor(windows)
+    logits = model(batch[:, :-1]).logits.double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()), model
 
 
 def set_params(project: Path, *settings: str) -> None:

@@ -23,7 +23,6 @@ from stages.common.settings import Evaluate
 from stages.model import gpt2
 from stages.model.intervals import MAX_LOG, interval, perplexity
 from stages.text.leakage import LONG_WORD_BYTES
-from stages.text.shards import CHUNK, TokenFiles
 from stages.text.streams import Split
 
 import numpy as np
@@ -162,12 +161,12 @@ def window_losses(model: GPT2LMHeadModel, split: Split, starts: list[int], preci
 def unigram_ppl(train: Split, split: Split) -> float:
     """Perplexity of a split under token counts of train, plus one each."""
 
-    def counts(tokens: TokenFiles, first: int) -> np.ndarray:
+    def counts(chunks: Iterator[np.ndarray]) -> np.ndarray:
         total = np.zeros(train.vocab_size, np.int64)
-        for i in range(first, len(tokens), CHUNK):
-            total += np.bincount(tokens[i : i + CHUNK], minlength=train.vocab_size)
+        for tokens in chunks:
+            total += np.bincount(tokens, minlength=train.vocab_size)
         return total
 
-    seen = counts(train.tokens, 0) + 1
-    predicted = counts(split.tokens, 1)
+    seen = counts(train.tokens.chunks()) + 1
+    predicted = counts(split.tokens.chunks(1))
     return math.exp(-(predicted * np.log(seen / seen.sum())).sum() / predicted.sum())

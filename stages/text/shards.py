@@ -5,6 +5,7 @@ Each holds SHARD_TOKENS ids and the last one the rest, so most streams are one f
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +50,11 @@ class TokenFiles:
             self.fetch(first)
         pieces = [self.files[i][max(0, start - self.edges[i]) : stop - self.edges[i]] for i in range(first, last + 1)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
+
+    def chunks(self, first: int = 0) -> Iterator[np.ndarray]:
+        """The ids from the first one on, so many at a time that they need little memory."""
+        for i in range(first, len(self), CHUNK):
+            yield self[i : i + CHUNK]
 
     def fetch(self, number: int) -> None:
         """Lets the system read a file from its start to its end: its blocks will be asked for in any order."""

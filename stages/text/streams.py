@@ -26,7 +26,7 @@ from stages.common.settings import Data, Runtime
 from stages.text.corpus import Documents
 from stages.text.encoding import BATCH_BYTES, Encoder, document_parts, take
 from stages.text.engine import in_tasks
-from stages.text.shards import CHUNK, TokenFiles, TokenWriter, write_header
+from stages.text.shards import TokenFiles, TokenWriter, write_header
 from stages.text.splits import write_splits
 from stages.text.tokenizers import COMPARED_BYTES, TextTokenizer, load_tokenizer
 
@@ -251,9 +251,8 @@ def join(target: Path, parts: list[Path], documents: Documents) -> dict:
     dtype = token_dtype(json.loads((parts[0] / "meta.json").read_text())["vocab_size"])
     with closing(TokenWriter(target, dtype)) as stream:
         for part, count in zip(parts, counts, strict=True):
-            ids = TokenFiles(part / target.name, count["tokens"], dtype)
-            for i in range(0, len(ids), CHUNK):
-                stream.write(ids[i : i + CHUNK])
+            for ids in TokenFiles(part / target.name, count["tokens"], dtype).chunks():
+                stream.write(ids)
     with target.with_suffix(".documents.npy").open("wb") as sizes:
         write_header(sizes, (total["documents"], 2), np.dtype(np.uint64))
         for part in parts:

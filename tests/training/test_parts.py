@@ -26,6 +26,7 @@ from test_resume import made
 
 SETTINGS = [
     *("trainer.accelerator=cpu", "trainer.max_steps=8", "trainer.val_check_interval=2", "optimizer.name=muon"),
+    "optimizer.betas=[0.95, 0.95]",  # a momentum in which rounding stays small
     *("optimizer.batch_size=6", "runtime.checkpoint_every_n_steps=2", "runtime.enable_progress_bar=false"),
 ]
 
@@ -109,7 +110,7 @@ def newest(project: Path) -> Path:
 def same_but_for_rounding(project: Path, whole: Path) -> None:
     got, wanted = (safetensors.torch.load_file(folder / "models/gpt2/model.safetensors") for folder in (project, whole))
     for name, weight in wanted.items():
-        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=5e-4)
+        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-4)
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bytes(project, whole):

@@ -9,16 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from stages.common.settings import load
-from stages.model import gpt2
 from stages.training.data import permuted
 
 import numpy as np
 import pandas as pd
 import pytest
-import pytorch_lightning as pl
-import torch
-from conftest import in_terminal, run, run_stage, set_params
+from conftest import first_loss, in_terminal, run, run_stage, set_params
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -120,18 +116,11 @@ def test_tensorboard_names_a_run_and_lists_its_settings(killed):
     assert best.value == pytest.approx(pd.read_csv(killed / "metrics/valid.csv").valid_loss.min())
 
 
-def test_gradient_norm_equals_an_independent_computation(project, monkeypatch):
+def test_gradient_norm_equals_an_independent_computation(project):
     assert run_stage(project, "train", "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3")[0] == 0
-    monkeypatch.chdir(project)
-    settings = load("stages.train", "", argv=[])
-    meta = json.loads(Path("data/blocks/meta.json").read_text())
-    pl.seed_everything(settings.seed_everything, verbose=False)
-    model = gpt2.new_model(settings.model, meta["vocab_size"], meta["end_of_text"])
-    tokens = np.load("data/blocks/train.npy").astype(np.int64)
-    blocks = permuted(np.arange(4), (len(tokens) - 1) // 16, [settings.seed_everything, 0])
-    batch = torch.tensor(np.stack([tokens[i * 16 : i * 16 + 17] for i in blocks]))
-    logits = model(batch[:, :-1]).logits.double()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    tokens = np.load(project / "data/blocks/train.npy").tolist()
+    blocks = permuted(np.arange(4), (len(tokens) - 1) // 16, [1, 0])
+    loss, model = first_loss(project, [tokens[i * 16 : i * 16 + 17] for i in blocks])
     loss.backward()
     norm = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt().item()
     assert live(project, "loss").loss[0] == pytest.approx(loss.item(), rel=1e-5)
