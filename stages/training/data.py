@@ -67,37 +67,49 @@ def shuffled(places: np.ndarray, edges: np.ndarray, key: list[int]) -> np.ndarra
     return blocks
 
 
+def moved(epoch: int, block_size: int) -> int:
+    """Where in the stream an epoch's first block begins, from 0 to block_size - 1: elsewhere in each epoch, so that
+    no token is always the first of its block. Steps of the golden ratio lie evenly, however many there are.
+    """
+    return int(epoch * (math.sqrt(5) - 1) / 2 % 1 * block_size)
+
+
 class BlockDataset(Dataset):
     """Blocks of a token stream: inputs and, one further, their targets."""
 
     def __init__(self, split: Split, block_size: int):
         self.split, self.T = split, block_size
 
-    def __getitems__(self, blocks: Sequence[int]) -> Tensor:
-        """(B, T + 1) int64 token ids of B blocks; the stream's last block alone may be shorter."""
-        return torch.from_numpy(self.split.windows([i * self.T for i in blocks], self.T + 1))
+    def __getitems__(self, starts: Sequence[int]) -> Tensor:
+        """(B, T + 1) int64 token ids of B blocks that begin there; the stream's last block alone may be shorter."""
+        return torch.from_numpy(self.split.windows(starts, self.T + 1))
 
 
 class ShuffledBatches(Sampler):
-    """Batches of block numbers, shuffled by seed and epoch alone: there is no state to lose, and no order to keep.
+    """Where the blocks of each batch begin, by seed and epoch alone: there is no state to lose, and no order to keep.
 
     Each process takes its share of a batch, so what a step learns from doesn't depend on how
     many there are. An incomplete last batch of an epoch is left out.
     """
 
-    def __init__(self, edges: np.ndarray, batch_size: int, seed: int, trainer: pl.Trainer):
-        self.edges, self.batch_size, self.seed, self.trainer = edges, batch_size, seed, trainer
+    def __init__(self, split: Split, block_size: int, batch_size: int, seed: int, trainer: pl.Trainer):
+        self.edges, self.last = split.tokens.edges, len(split.tokens) - 1 - block_size
+        self.T, self.batch_size, self.seed, self.trainer = block_size, batch_size, seed, trainer
+        self.blocks = (len(split.tokens) - 1) // block_size
 
     def __len__(self) -> int:
-        return int(self.edges[-1]) // self.batch_size
+        return self.blocks // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        key = [self.seed, self.trainer.current_epoch]
+        epoch, fixed = self.trainer.current_epoch, self.trainer.overfit_batches  # these are the same in every epoch
+        first = 0 if fixed else moved(epoch, self.T)
+        edges = np.clip(-(-(self.edges - first) // self.T), 0, self.blocks)
         for i in range(batches_done(self.trainer), len(self)):
             batch = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
-            if not self.trainer.overfit_batches:  # else the same few batches in every epoch
-                batch = shuffled(batch, self.edges, key)
-            yield batch[self.trainer.global_rank :: self.trainer.world_size].tolist()
+            if not fixed:
+                batch = shuffled(batch, edges, [self.seed, epoch])
+            starts = np.minimum(first + batch * self.T, self.last)
+            yield starts[self.trainer.global_rank :: self.trainer.world_size].tolist()
 
 
 class LateLoader(DataLoader):
@@ -149,14 +161,14 @@ class Blocks(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        blocks, seed = (len(self.train.tokens) - 1) // self.T, self.settings.seed_everything
-        edges = np.minimum(-(-self.train.tokens.edges // self.T), blocks)
-        return self.loader(self.train, ShuffledBatches(edges, self.batch_size, seed, self.trainer))
+        seed = self.settings.seed_everything
+        return self.loader(self.train, ShuffledBatches(self.train, self.T, self.batch_size, seed, self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         whole = (len(self.valid.tokens) - 1) // self.T
         last = [range(whole, whole + 1)] if (len(self.valid.tokens) - 1) % self.T else []
         batches = [range(i, min(i + self.batch_size, whole)) for i in range(0, whole, self.batch_size)] + last
+        batches = [[i * self.T for i in batch] for batch in batches]
         share = batches[self.trainer.global_rank :: self.trainer.world_size]
         self.valid_batches = len(share)
         # Under FSDP all must do as many passes: who has one batch less does another one, uncounted.

@@ -2,13 +2,24 @@
 
 from types import SimpleNamespace
 
-from stages.training.data import Blocks, permuted, shuffled
+from stages.training.data import Blocks, ShuffledBatches, moved, permuted, shuffled
 
 import numpy as np
 import pytest
 from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from scipy.stats import chisquare
 from test_lightning_internals import Small, trainer_of
+
+
+class TokenEdges:
+    """Of a stream's files, only where each begins."""
+
+    def __init__(self, edges: list[int]):
+        self.edges = np.array(edges)
+
+    def __len__(self) -> int:
+        return int(self.edges[-1])
+
 
 SETTINGS = SimpleNamespace(model=SimpleNamespace(block_size=1), optimizer=SimpleNamespace(batch_size=2))
 
@@ -78,6 +89,25 @@ def test_an_epoch_goes_through_one_file_of_a_long_stream_after_the_other():
     assert [shuffled(np.array([i]), edges, [1, 0])[0] for i in range(75)] == orders[0].tolist()
     assert len({tuple(order) for order in orders}) == 50
     assert {np.searchsorted(edges, order[0], side="right") for order in orders} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("size", [1, 16, 128])
+def test_blocks_begin_elsewhere_in_each_epoch(size):
+    firsts = [moved(epoch, size) for epoch in range(300)]
+    assert firsts[0] == 0 and set(firsts) == set(range(size))
+    gaps = np.diff(sorted([*firsts[:8], size]))
+    assert gaps.max() <= max(1, size * 0.24)  # eight drawn at random leave a gap of a third
+
+
+def test_each_block_is_read_with_the_file_in_which_it_begins():
+    split = SimpleNamespace(tokens=TokenEdges([0, 50, 101, 103]))
+    trainer = trainer_of()
+    for epoch, first in enumerate([0, 2, 0, 3]):
+        trainer.fit_loop.epoch_progress.current.completed = epoch
+        starts = [start for batch in ShuffledBatches(split, 4, 1, 1, trainer) for start in batch]
+        assert sorted(starts) == [min(98, start) for start in range(first, 100 + first, 4)]
+        files = np.searchsorted(split.tokens.edges, starts, side="right") - 1
+        assert (np.diff(files) != 0).sum() == len(set(files)) - 1, starts
 
 
 def test_the_blocks_of_one_file_stand_in_the_order_of_their_seed_and_epoch():

@@ -142,18 +142,24 @@ def test_accumulation_equals_a_larger_batch(files):
 
 
 def test_shuffled_by_seed_and_epoch(files):
-    epochs = ("--trainer.max_epochs", "2")
+    """And the borders of the blocks lie elsewhere in each epoch, whoever fetches them."""
+    epochs = ("--trainer.max_epochs", "3")
     one, again = train(files, *epochs), train(files, *epochs, "--runtime.num_workers", "1")
     other = train(files, *epochs, "--seed_everything", "2")
     assert torch.equal(torch.stack(one.batches), torch.stack(again.batches))
-    half = len(one.batches) // 2
-    orders = [torch.cat(batches) for batches in (one.batches[:half], one.batches[half:], other.batches[:half])]
+    third = len(one.batches) // 3
+    epochs = [one.batches[i * third : (i + 1) * third] for i in range(3)]
+    orders = [torch.cat(batches) for batches in (*epochs, other.batches[:third])]
     tokens = np.load(files / "data/blocks/train.npy").astype(np.int64)
-    blocks = {tuple(tokens[i : i + 17]) for i in range(0, len(tokens) - 16, 16)}
+    firsts = []
     for order in orders:
-        assert {tuple(row) for row in order.tolist()} <= blocks
-        assert len({tuple(row) for row in order.tolist()}) > 0.95 * len(order)
-    assert all(not torch.equal(a, b) for a, b in ((orders[0], orders[1]), (orders[0], orders[2])))
+        rows = {tuple(row) for row in order.tolist()}
+        assert len(rows) > 0.95 * len(order)
+        starts = [[*range(first, len(tokens) - 17, 16), len(tokens) - 17] for first in range(16)]
+        blocks = [{tuple(tokens[i : i + 17].tolist()) for i in each} for each in starts]
+        firsts += [[first for first in range(16) if rows <= blocks[first]]]
+    assert firsts == [[0], [9], [3], [0]]  # 16 times 0, 0.618 and 1.236 - 1
+    assert all(not torch.equal(orders[0], each) for each in orders[1:])
     assert not torch.equal(one.first["transformer.wte.weight"], other.first["transformer.wte.weight"])
 
 
