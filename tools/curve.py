@@ -84,8 +84,12 @@ def picture(tokens: np.ndarray, losses: np.ndarray, further: np.ndarray, *law: n
     runs = [{"tokens": x, "ppl": math.exp(y)} for x, y in zip(tokens, losses)]
     names = ("tokens", "ppl", "low", "high")
     beyond = [dict(zip(names, row)) for row in np.stack([further, *np.exp(law)], axis=1).tolist()]
-    x = {"field": "tokens", "type": "quantitative", "scale": {"type": "log"}, "title": "tokens seen"}
-    y = {"field": "ppl", "type": "quantitative", "scale": {"type": "log", "zero": False}, "title": "test ppl"}
+    scales = [
+        {"type": "log", "nice": False, "domain": [0.9 * min(each), 1.1 * max(each)]}
+        for each in ([*tokens, *further], np.exp([*losses, *np.ravel(law)]).tolist())
+    ]
+    x = {"field": "tokens", "type": "quantitative", "scale": scales[0], "title": "tokens seen"}
+    y = {"field": "ppl", "type": "quantitative", "scale": scales[1], "title": "test ppl"}
     layers = [
         (beyond, {"type": "area", "opacity": 0.3}, {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}),
         (beyond, {"type": "line", "strokeDash": [4, 4]}, {"x": x, "y": y}),
