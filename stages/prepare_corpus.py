@@ -3,15 +3,15 @@
 import hashlib
 import os
 
-from stages.common.commands import progress_bar
 from stages.common.errors import note, run
 from stages.common.files import new_folder, write_json
 from stages.common.hub import check_watched
 from stages.common.paths import CORPUS, METRICS, SPLITS
-from stages.common.settings import load
+from stages.common.settings import Runtime, load
 from stages.text.corpus import Documents
-from stages.text.leakage import Grams, Seen, parts
-from stages.text.splits import sources_of, write_splits
+from stages.text.leakage import Grams, Seen
+from stages.text.measures import measure, measure_train
+from stages.text.splits import sources_of, written_splits
 
 import numpy as np
 
@@ -26,8 +26,8 @@ def main() -> None:
         if os.path.exists(path):  # of a data set of the hub, DVC watches the name
             check_watched(f"data.{name}_file" if name in SPLITS else f"data.test_files.{name}", path)
     with new_folder(CORPUS) as folder:
-        dropped, hashes = write_splits(settings.data, folder, names, settings.runtime)
-        figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped)
+        with written_splits(settings.data, folder, names, settings.runtime) as (dropped, hashes):
+            figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped, settings.runtime)
         # Both or neither: a failure here leaves the corpus of before too.
         write_json(METRICS / "corpus.json", figures)
     for name, row in figures["sets"].items():
@@ -40,7 +40,9 @@ def main() -> None:
             )
 
 
-def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], dropped: dict[str, int]) -> dict:
+def describe(
+    splits: dict[str, Documents], hashes: dict[str, np.ndarray], dropped: dict[str, int], runtime: Runtime
+) -> dict:
     """What metrics/corpus.json holds.
 
     Returns:
@@ -52,12 +54,12 @@ def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], droppe
         lengths: share of a split's documents by length; `bytes` is the upper bound.
     """
     held_out = [name for name in splits if name != "train"]
-    sets, lengths = {}, {}
-    for name in held_out:
-        sets[name], lengths[name] = measure(splits[name])
-    grams = Grams.of(*(sum(sets[name][key] for name in held_out) for key in ("words", "bytes")))
-    seen = Seen(grams, [splits[name] for name in held_out])
-    sets["train"], lengths["train"] = measure(splits["train"], seen)
+    measured = {name: measure(splits[name]) for name in held_out}
+    identities = {name: identity(hashes[name]) for name in splits}
+    _, size, words = sum(each.sums for each in measured.values()).tolist()
+    grams = Grams.of(words, size)
+    seen = Seen(grams, grams.of_documents([splits[name] for name in held_out]))
+    measured["train"] = measure_train(splits["train"], seen, repr(identities), runtime)
     leakage = {}
     for name in held_out:
         total, found = np.hstack([seen.by_document(batch) for batch in splits[name].read()])
@@ -68,15 +70,15 @@ def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], droppe
             "ngrams": float(found.sum() / max(total.sum(), 1)),
             "worst": {f"document {i + 1}": float(share[i]) for i in worst},
         }
-    last = max(map(len, lengths.values()))
-    shares = {name: np.pad(lengths[name], (0, last - len(lengths[name]))) / lengths[name].sum() for name in splits}
-    first = min(int(np.flatnonzero(share)[0]) for share in shares.values())
+    shares = {name: measured[name].lengths / measured[name].lengths.sum() for name in splits}
+    present = np.flatnonzero(np.sum(list(shares.values()), axis=0)).tolist()
     return {
-        "sets": {name: sets[name] | identity(hashes[name]) | {"dropped": dropped[name]} for name in splits},
+        "sets": {name: measured[name].figures() | identities[name] | {"dropped": dropped[name]} for name in splits},
         "ngram": grams.name,
         "leakage": leakage,
         "lengths": [
-            {"bytes": 1 << i, **{name: float(share[i]) for name, share in shares.items()}} for i in range(first, last)
+            {"bytes": 1 << i, **{name: float(share[i]) for name, share in shares.items()}}
+            for i in range(present[0], present[-1] + 1)
         ],
     }
 
@@ -84,23 +86,6 @@ def describe(splits: dict[str, Documents], hashes: dict[str, np.ndarray], droppe
 def identity(hashes: np.ndarray) -> dict:
     duplicates = len(hashes) - len(np.unique(hashes))
     return {"duplicates": duplicates, "sha256": hashlib.sha256(hashes.tobytes()).hexdigest()}
-
-
-def measure(documents: Documents, seen: Seen | None = None) -> tuple[dict, np.ndarray]:
-    """A split's figures, and how many documents have up to 2**i bytes, by i."""
-    count = size = words = longest = 0
-    lengths = np.zeros(64, np.int64)
-    with progress_bar(documents.size, "measuring") as bar:
-        for batch in documents.read():
-            each = np.diff(batch.offsets)
-            count, size, longest = count + len(each), size + int(each.sum()), max(longest, int(each.max()))
-            lengths += np.bincount(np.ceil(np.log2(each)).astype(int), minlength=64)
-            for part in parts(batch):
-                words += part.count_words()
-                if seen:
-                    seen.look(part)
-            bar.update(int(each.sum()))
-    return {"documents": count, "bytes": size, "words": words, "longest": longest}, np.trim_zeros(lengths, "b")
 
 
 if __name__ == "__main__":

@@ -163,12 +163,13 @@ def data_settings(**changes) -> SimpleNamespace:
 def corpus_of(text: Path, document: str) -> dict:
     """The documents of one text file as the train split, as prepare_corpus makes it, in a folder beside it."""
     from stages.text.corpus import Documents
-    from stages.text.splits import write_splits
+    from stages.text.splits import written_splits
 
     folder = text.with_name("corpus")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    write_splits(data_settings(train_file=str(text), document=document), folder, ["train"])
+    with written_splits(data_settings(train_file=str(text), document=document), folder, ["train"]):
+        pass
     return {"train": Documents("train", folder)}
 
 

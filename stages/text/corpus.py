@@ -51,6 +51,10 @@ class Documents:
     def batches(self) -> int:
         return self.file.num_record_batches
 
+    def share(self, rank: int, tasks: int) -> range:
+        """The batches of one task: as many as every other's."""
+        return range(*(self.batches * i // tasks for i in (rank, rank + 1)))
+
     def batch(self, i: int) -> "Batch":
         """The i-th run of documents, about BATCH_BYTES together."""
         text = self.file.get_batch(i).column(0)

@@ -148,14 +148,21 @@ class Grams:
             hashes, first = hashes[kept], first[kept]
         return hashes, first if starts is None else starts[first]
 
+    def of_documents(self, splits: list[Documents]) -> np.ndarray:
+        """The n-grams of some splits: hashes (n,) uint64, each once and in order."""
+        batches = (batch for split in splits for batch in split.read())
+        return np.unique(np.concatenate([self.hashes(part)[0] for batch in batches for part in parts(batch)]))
+
 
 class Seen:
     """Which of the held-out n-grams the training text has."""
 
-    def __init__(self, grams: Grams, held_out: list[Documents]):
-        self.grams = grams
-        hashes = [grams.hashes(part)[0] for split in held_out for batch in split.read() for part in parts(batch)]
-        self.hashes = np.unique(np.concatenate(hashes))
+    def __init__(self, grams: Grams, hashes: np.ndarray):
+        """
+        Args:
+            hashes: of the held-out n-grams, (n,) uint64, each once and in order.
+        """
+        self.grams, self.hashes = grams, hashes
         self.seen = np.zeros(len(self.hashes), bool)
         # Most n-grams of the training text are none of them: a table by their low bits says so at one look.
         self.maybe = np.zeros(1 << max(16, (16 * len(self.hashes)).bit_length()), bool)

@@ -23,12 +23,14 @@ from stages.text.leakage import mixed
 from stages.text.sources import SourceFile, check_unchanged, find_files, read_source, share_of
 
 import numpy as np
+from rensa import RMinHash, RMinHashDeduplicator
 from tqdm import tqdm
 
 PARAGRAPH_END = re.compile(rb"\n\s*\n")
 LINE_END = re.compile(rb"\n")
 PIECE_PARAGRAPHS = 8  # on average
 SIMILARITY = 0.8  # Jaccard similarity of near-duplicates, by MinHash of their word 5-grams
+SIGNED = ".signed"  # the file of signatures beside one of documents
 SHINGLE_WORDS, PERMUTATIONS, MINHASH_SEED = 5, 128, 42
 
 
@@ -42,15 +44,16 @@ def sources_of(settings: Data) -> dict[str, str]:
     return {name: os.path.normpath(path) for name, path in (files | settings.test_files).items()}
 
 
-def write_splits(
+@contextmanager
+def written_splits(
     settings: Data, folder: Path, names: Iterable[str], runtime: Runtime | None = None
-) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Writes NAME.arrow for each of some splits.
+) -> Iterator[tuple[dict[str, int], dict[str, np.ndarray]]]:
+    """Writes NAME.arrow for each of some splits. What tasks have read stays until the block has ended without an error.
 
     Args:
         settings: the data group.
         runtime: in how many tasks text is read, and who runs them; None: one, in this process.
-    Returns:
+    Yields:
         by split, how many documents `deduplicate` has left out, and a hash of each document, (n,) uint64.
     Raises:
         UserError: a source that can't be read or that changed meanwhile; a split without documents.
@@ -70,14 +73,14 @@ def write_splits(
         whole = {name: int(part.sum()) for name, part in parts.items()}
         if settings.deduplicate != "none":
             drop_equal(parts, hashes)
-        if settings.deduplicate == "near" and "train" in parts:
+        if similar(settings) and "train" in parts:
             drop_similar(sources, parts)
         if "train" in parts and not parts["train"].any():
             raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
         for name, part in parts.items():
             select(sources[name], part, folder / f"{name}.arrow")
-    dropped = {name: whole[name] - int(part.sum()) for name, part in parts.items()}
-    return dropped, {name: hashes[name][part] for name, part in parts.items()}
+        dropped = {name: whole[name] - int(part.sum()) for name, part in parts.items()}
+        yield dropped, {name: hashes[name][part] for name, part in parts.items()}
 
 
 @dataclass
@@ -95,6 +98,10 @@ class Source:
     def documents(self) -> Iterator[memoryview]:
         return chain.from_iterable(file.documents() for file in self.files)
 
+    def signatures(self) -> Iterator[memoryview]:
+        """The state of each document's RMinHash, where write_hashed was to write them."""
+        return chain.from_iterable(Documents(file.name + SIGNED, file.path.parent).documents() for file in self.files)
+
 
 @contextmanager
 def read_sources(settings: Data, folder: Path, paths: set[str], runtime: Runtime | None) -> Iterator[dict[str, Source]]:
@@ -110,7 +117,7 @@ def read_sources(settings: Data, folder: Path, paths: set[str], runtime: Runtime
             if not len(source.hashes):
                 raise UserError(f"{path}: only white space: it has no document")
             if len(source.hashes) == 1 and path in shared(settings):
-                source = in_pieces(source, path, folder / f".{i}.pieces.arrow")
+                source = in_pieces(source, path, folder / f".{i}.pieces.arrow", similar(settings))
             sources[path] = source
         yield sources
         for hidden in folder.glob(".*"):
@@ -124,7 +131,8 @@ def write_share(folder: Path, rank: int, tasks: int, settings: Data, files: dict
     with progress_bar(total, "reading") as bar:
         for i, (path, share) in enumerate(zip(files, shares)):
             documents = read_source(path, share, settings, bar.update)
-            write_hashed(folder / f".{i}.arrow", documents).tofile(folder / f".{i}.hashes")
+            hashes = write_hashed(folder / f".{i}.arrow", documents, similar(settings))
+            hashes.tofile(folder / f".{i}.hashes")
 
 
 def shared(settings: Data) -> set[str]:
@@ -137,8 +145,13 @@ def same(path: str, other: str) -> bool:
     return os.path.normpath(path) == os.path.normpath(other)
 
 
-def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
-    """Writes documents; returns a hash of each, (n,) uint64."""
+def similar(settings: Data) -> bool:
+    """Whether near-duplicates are looked for."""
+    return settings.deduplicate == "near"
+
+
+def write_hashed(target: Path, documents: Iterator[bytes], signed: bool) -> np.ndarray:
+    """Writes documents, and where `signed` their signatures; returns a hash of each, (n,) uint64."""
     hashes = bytearray()
 
     def hashed() -> Iterator[list[bytes | memoryview]]:
@@ -147,6 +160,9 @@ def write_hashed(target: Path, documents: Iterator[bytes]) -> np.ndarray:
             yield batch
 
     write_documents(target, hashed())
+    if signed:
+        signatures = map(signature, tqdm(Documents(target.stem, target.parent).documents(), "signing", disable=None))
+        write_documents(target.with_name(target.stem + SIGNED + ".arrow"), batched(signatures))
     return np.frombuffer(hashes, "<u8")
 
 
@@ -180,22 +196,26 @@ def drop_equal(parts: dict[str, np.ndarray], hashes: dict[str, np.ndarray]) -> N
         parts["train"] &= ~np.isin(hashes["train"], np.concatenate([np.empty(0, np.uint64), *held_out]))
 
 
+def signature(document: memoryview) -> bytes:
+    """The state of the MinHash of a document's word 5-grams."""
+    words = str(document, "utf-8").split()
+    words = words if len(words) > 1 else list("".join(words))  # text without spaces
+    count = max(1, len(words) - SHINGLE_WORDS + 1)
+    minhash = RMinHash(PERMUTATIONS, MINHASH_SEED)
+    minhash.update([" ".join(words[j : j + SHINGLE_WORDS]) for j in range(count)])
+    return minhash.__getstate__()
+
+
 def drop_similar(sources: dict[str, Source], parts: dict[str, np.ndarray]) -> None:
     """Leaves no near-duplicate of a held-out document in train, and of each other the first."""
-    from rensa import RMinHash, RMinHashDeduplicator
-
     known = RMinHashDeduplicator(SIMILARITY, PERMUTATIONS, True, seed=MINHASH_SEED)
     for name in sorted(parts, key="train".__eq__):
         part = parts[name]
-        for i, document in enumerate(tqdm(sources[name].documents(), "comparing", len(part), disable=None)):
+        for i, state in enumerate(tqdm(sources[name].signatures(), "comparing", len(part), disable=None)):
             if part[i]:
-                words = str(document, "utf-8").split()
-                words = words if len(words) > 1 else list("".join(words))  # text without spaces
-                count = max(1, len(words) - SHINGLE_WORDS + 1)
                 minhash = RMinHash(PERMUTATIONS, MINHASH_SEED)
-                minhash.update([" ".join(words[j : j + SHINGLE_WORDS]) for j in range(count)])
-                new = known.add(f"{name} {i}", minhash)
-                part[i] = new or name != "train"
+                minhash.__setstate__(bytes(state))
+                part[i] = known.add(f"{name} {i}", minhash) or name != "train"
 
 
 def select(source: Source, part: np.ndarray, target: Path) -> None:
@@ -206,7 +226,7 @@ def select(source: Source, part: np.ndarray, target: Path) -> None:
         write_documents(target, batched(compress(source.documents(), part)))
 
 
-def in_pieces(source: Source, path: str, target: Path) -> Source:
+def in_pieces(source: Source, path: str, target: Path, signed: bool) -> Source:
     """A source of one document, in pieces of it.
 
     A piece ends at a paragraph (or line) whose hash says so, some PIECE_PARAGRAPHS after the last one: text that is
@@ -226,5 +246,5 @@ def in_pieces(source: Source, path: str, target: Path) -> Source:
     text = bytes(next(source.documents()))
     ends = PARAGRAPH_END if PARAGRAPH_END.search(text) else LINE_END
     note(f"{path} is one document: it is held out of in pieces that end at paragraphs")
-    hashes = write_hashed(target, pieces())
+    hashes = write_hashed(target, pieces(), signed)
     return Source([Documents(target.stem, target.parent)], hashes)

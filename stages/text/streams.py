@@ -27,7 +27,7 @@ from stages.text.corpus import Documents
 from stages.text.encoding import BATCH_BYTES, Encoder, document_parts, take
 from stages.text.engine import in_tasks
 from stages.text.shards import TokenFiles, TokenWriter, write_header
-from stages.text.splits import write_splits
+from stages.text.splits import written_splits
 from stages.text.tokenizers import COMPARED_BYTES, TextTokenizer, load_tokenizer
 
 import numpy as np
@@ -127,7 +127,8 @@ def fresh_blocks(settings: Data, names: Iterable[str], tokenizer_folder: str | P
         settings: the data group.
     """
     with tempfile.TemporaryDirectory() as folder:
-        write_splits(settings, Path(folder), names)
+        with written_splits(settings, Path(folder), names):
+            pass
         blocks = Path(folder, "blocks")
         write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
         yield {name: load_split(name, blocks) for name in names}
@@ -182,7 +183,7 @@ def write_part(folder: Path, rank: int, tasks: int, paths: dict[str, Path], toke
     if tasks > 1:
         encode_beginning(tokenizer, splits)
     for split, documents in splits.items():
-        share = range(*(documents.batches * i // tasks for i in (rank, rank + 1)))
+        share = documents.share(rank, tasks)
         encoder = Encoder(tokenizer, str(documents.path), lossy, partial(documents.count, range(share.start)))
         opening = [tokenizer.end_of_text] if rank == 0 else []
         write_json(folder / f"{split}.json", write_stream(folder / f"{split}.npy", encoder, documents, share, opening))

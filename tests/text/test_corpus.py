@@ -14,7 +14,7 @@ from pathlib import Path
 from stages.common.errors import UserError
 from stages.text import leakage, sources, splits
 from stages.text.corpus import Batch, Documents
-from stages.text.splits import write_splits
+from stages.text.splits import written_splits
 
 import numpy as np
 import pandas as pd
@@ -119,7 +119,8 @@ def prepared(folder: Path, names=("train", "valid", "test"), **changes) -> dict[
     target = folder / "made"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    write_splits(data_settings(**changes), target, names)
+    with written_splits(data_settings(**changes), target, names):
+        pass
     assert sorted(file.name for file in target.iterdir()) == sorted(f"{name}.arrow" for name in names)
     return {name: [bytes(d) for d in Documents(name, target).documents()] for name in names}
 
@@ -370,10 +371,10 @@ def test_a_text_that_changes_while_it_is_read_is_one_line(tmp_path, monkeypatch)
         file.write_text("\n".join(DOCUMENTS))
         write = splits.write_hashed
 
-        def changing(target, documents, file=file, change=change, write=write):
+        def changing(target, documents, signed, file=file, change=change, write=write):
             first = next(documents)
             change(file)
-            return write(target, iter([first, *documents]))
+            return write(target, iter([first, *documents]), signed)
 
         monkeypatch.setattr(splits, "write_hashed", changing)
         with pytest.raises(UserError, match=r"t\.txt: changed while it was read"):

@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from stages.common.errors import UserError
-from stages.text import sources, splits, streams
+from stages.text import measures, sources, splits, streams
 from stages.text.corpus import Documents
+from stages.text.measures import measure_share
 
 import pytest
 from conftest import ROOT, data_settings, digests, run, run_stage, sample_lines
@@ -127,17 +129,52 @@ def test_tasks_make_the_same_bytes(large, tasks):
     assert in_tasks(large, tasks) == expected
 
 
-def logged(folder: Path, rank: int, tasks: int, **rest) -> None:
+def test_tasks_leave_out_the_same_near_duplicates(large):
+    with (large / "valid.txt").open() as valid:
+        known = valid.read().split("\n\n")[0]
+    (large / "near.txt").write_text(f"{known} again\n\n{(large / 'train.txt').read_text()}\n\n{known} and again")
+    made = []
+    for tasks in (1, 2, 4):
+        arguments = ("--data.train_file=near.txt", "--data.deduplicate=near", f"--runtime.tasks={tasks}")
+        assert run_stage(large, "prepare_corpus", *arguments)[0] == 0
+        made.append(digests(large, "data/corpus", "metrics/corpus.json"))
+    assert made[0] == made[1] == made[2]
+    assert json.loads((large / "metrics/corpus.json").read_text())["sets"]["train"]["dropped"] >= 2
+    assert run_stage(large, "prepare_corpus")[0] == 0
+
+
+def test_a_killed_look_for_leakage_reads_nothing_again(large, monkeypatch):
+    expected = digests(large, *MADE[:2])
+    monkeypatch.setattr(measures, "measure_share", measuring)
+    (large / KILL).touch()
+    arguments = ("--runtime.tasks=3", "--runtime.executor_options={max_workers: 1}")
+    status, _, err = run_stage(large, "prepare_corpus", *arguments)
+    assert status == 1 and err.startswith("error: runtime.executor: local: a task was killed") and err.count("\n") == 1
+    read = {file: file.stat().st_mtime_ns for file in large.glob("data/.corpus.parts/*/*")}
+    assert len(read) == 3 and digests(large, *MADE[:2]) == expected
+
+    def write_share(*_, **__):
+        raise AssertionError("a share was read again")
+
+    monkeypatch.setattr(splits, "write_share", write_share)
+    assert run_stage(large, "prepare_corpus", *arguments)[0] == 0
+    assert (large / "measured.txt").read_text().split() == ["0", "1", "1", "2"]
+    assert not list(large.glob("data/.*.parts")) and not list(large.glob("data/.*.tmp"))
+    assert digests(large, *MADE[:2]) == expected
+
+
+def measuring(folder: Path, rank: int, tasks: int, **rest) -> None:
+    logged(folder, rank, tasks, measure_share, "measured.txt", **rest)
+
+
+def logged(folder: Path, rank: int, tasks: int, write: Callable = streams.write_part, log="ranks.txt", **rest) -> None:
     """A task that says that it works, and one of which is killed."""
-    with Path("ranks.txt").open("a") as log:
-        log.write(f"{rank} ")
+    with Path(log).open("a") as ranks:
+        ranks.write(f"{rank} ")
     if rank == 1 and Path(KILL).exists():
         Path(KILL).unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    streams_write_part(folder, rank, tasks, **rest)
-
-
-streams_write_part = streams.write_part
+    write(folder, rank, tasks, **rest)
 
 
 def test_a_killed_task_is_all_that_is_done_again(large, monkeypatch):
