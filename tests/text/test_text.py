@@ -14,7 +14,7 @@ from stages.text.streams import write_blocks
 
 import numpy as np
 import pytest
-from conftest import ROOT, corpus_of, run, run_stage, sample_lines, set_params, stages_run
+from conftest import ROOT, corpus_of, run_stage, sample_lines, set_params, stages_run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -107,7 +107,7 @@ def decoded_documents(stream: np.ndarray, tokenizer) -> list[bytes]:
     return [tokenizer.decode(stream[a + 1 : b]).encode() for a, b in zip(ends, ends[1:])]
 
 
-def test_own_text_through_dvc(template, tmp_path):
+def test_own_text_through_dvc(template, warm, tmp_path):
     """Three kinds of text in one project: the figures count the very bytes."""
     project = tmp_path / "project"
     shutil.copytree(template, project)
@@ -116,7 +116,7 @@ def test_own_text_through_dvc(template, tmp_path):
         (project / f"{kind}.txt").write_bytes(TEXTS[kind])
         set_params(project, f"data.{split}_file={kind}.txt")
     set_params(project, "tokenizer.algorithm=unigram", "trainer.max_epochs=1", "generate.prompts=['吾輩は']")
-    run("dvc", "repro", "evaluate", cwd=project)
+    warm("dvc", "repro", "evaluate", cwd=project)
     figures = json.loads((project / "metrics/eval.json").read_text())
     details = json.loads((project / "metrics/details.json").read_text())
     for split in ("valid", "test"):
@@ -126,7 +126,7 @@ def test_own_text_through_dvc(template, tmp_path):
     assert "吾輩は" in (project / "metrics/samples.md").read_text(encoding="utf-8")
     # A changed byte of a text runs again what depends on it: not the tokenizer, which reads another.
     (project / "crlf.txt").write_bytes(TEXTS["crlf"][:-9])
-    assert stages_run(run("dvc", "repro", "tokenize_blocks", cwd=project)) == ["prepare_corpus", "tokenize_blocks"]
+    assert stages_run(warm("dvc", "repro", "tokenize_blocks", cwd=project)) == ["prepare_corpus", "tokenize_blocks"]
 
 
 anything = st.text() | st.binary().map(lambda raw: raw.decode("utf-8", "replace"))

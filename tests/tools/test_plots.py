@@ -22,11 +22,11 @@ TITLES = {
 
 
 @pytest.fixture(scope="module")
-def two_commits(built, tmp_path_factory) -> Path:
+def two_commits(built, warm, tmp_path_factory) -> Path:
     project = tmp_path_factory.mktemp("two") / "project"
     shutil.copytree(built, project)
     set_params(project, "trainer.max_epochs=1")
-    run("dvc", "repro", cwd=project)
+    warm("dvc", "repro", cwd=project)
     run("git", "commit", "-qam", "one epoch", cwd=project)
     run("python", "-m", "tools.offline_plots", cwd=project)
     return project
