@@ -7,12 +7,12 @@ Definitions, for a stream of N tokens whose documents have B UTF-8 bytes and W w
     word_ppl       exp(total negative log-likelihood / W)
     unigram_ppl    ppl of the model that only counts how often each token is in train (add-one)
 Every token but the first is predicted once, in the first window that reaches it
-(https://huggingface.co/docs/transformers/perplexity).
+(https://huggingface.co/docs/transformers/perplexity). Losses are added up as whole numbers of UNIT, so that the sums
+are the same in any order; from 0.125 nats on, that is the very float32 that the model gives.
 """
 
 import math
 from collections.abc import Iterator
-from itertools import islice
 
 from stages.common import processes
 from stages.common.commands import progress_bar
@@ -31,6 +31,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 DOCUMENT_ROWS = 1000
+UNIT = 2.0**-26  # nats; int64 holds 10**11 of them, and float64, of one batch, 10**8
 
 
 def figures_of(model: GPT2LMHeadModel, split: Split, settings: Evaluate) -> tuple[dict, dict, dict]:
@@ -88,19 +89,31 @@ def losses_of(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of `figures_of`: nats of each document with its end-of-text, and loss by position."""
     T, group = gpt2.block_size_of(model.config), -(-split.documents // DOCUMENT_ROWS)
-    documents = sizes_of_rows(split, group)
-    by_position, by_row, ended = np.zeros((2, T)), np.zeros((2, len(documents))), 0
-    for first, positions, nll in token_losses(model, split, stride, settings.batch_size, settings.precision):
-        ends = split.tokens[first : first + len(nll)] == split.end_of_text
-        row = (ended + np.cumsum(ends) - ends) // group  # an end-of-text is its document's last token
-        ended += int(ends.sum())
-        for sums, keys in ((by_position, positions), (by_row, row)):
-            sums[0] += np.bincount(keys, nll, sums.shape[1])
-            sums[1] += np.bincount(keys, minlength=sums.shape[1])
-    documents["tokens"], documents["nll"] = by_row[1].astype(np.int64), by_row[0]
-    seen = by_position[1] > 0
-    positions = {"position": np.flatnonzero(seen) + 1, "loss": by_position[0][seen] / by_position[1][seen]}
+    documents, ended, mistake = sizes_of_rows(split, group), None, ""
+    by_position, by_row = np.zeros((2, T), np.int64), np.zeros((2, len(documents)), np.int64)
+    try:
+        for first, positions, nll in token_losses(model, split, stride, settings.batch_size, settings.precision):
+            ended = ended_before(split, first) if ended is None else ended
+            ends = split.tokens[first : first + len(nll)] == split.end_of_text
+            row = (ended + np.cumsum(ends) - ends) // group  # an end-of-text is its document's last token
+            ended += int(ends.sum())
+            for sums, keys in ((by_position, positions), (by_row, row)):
+                sums[0] += np.bincount(keys, np.rint(nll / UNIT), sums.shape[1]).astype(np.int64)
+                sums[1] += np.bincount(keys, minlength=sums.shape[1])
+    except UserError as error:
+        mistake = str(error)
+    by_position, by_row, mistakes = zip(*processes.gather((by_position, by_row, mistake)))
+    if any(mistakes):
+        raise UserError(next(filter(None, mistakes)))
+    (nll, predicted), (row_nll, documents["tokens"]) = sum(by_position), sum(by_row)
+    documents["nll"], seen = row_nll * UNIT, predicted > 0
+    positions = {"position": np.flatnonzero(seen) + 1, "loss": nll[seen] * UNIT / predicted[seen]}
     return documents.reindex(columns=["document", "tokens", "bytes", "words", "nll"]), pd.DataFrame(positions)
+
+
+def ended_before(split: Split, first: int) -> int:
+    """How many documents end before a token of the stream, which begins with an end-of-text that ends none."""
+    return sum(int((ids == split.end_of_text).sum()) for ids in split.tokens.chunks(1, first))
 
 
 def sizes_of_rows(split: Split, group: int) -> pd.DataFrame:
@@ -117,8 +130,8 @@ def token_losses(
     """Negative log-likelihood of every token but the first, in order, a batch of windows at a time.
 
     Window k holds the inputs [k * stride, k * stride + T) and predicts the token after each. The model
-    computes on the device where it is; precision None is that of its training. Several processes take
-    the batches in turns, and each yields those of all: batches and order are those of one process.
+    computes on the device where it is; precision None is that of its training. Of several processes each
+    yields a run of the batches that one process would, of as many as every other.
 
     Yields:
         first: index in the stream of the first token scored.
@@ -133,21 +146,21 @@ def token_losses(
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.
     full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
-    batches = iter([*starts, [full]])
+    batches = [*starts, [full]]
     rank, _, size = processes.launched()
-    with progress_bar(N - 1, f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
-        while turn := list(islice(batches, size)):
-            mine = [k * stride for k in turn[rank]] if rank < len(turn) else None
-            for windows, nll in zip(turn, processes.gather(mine and window_losses(model, split, mine, precision))):
-                if not np.isfinite(nll).all():
-                    raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
-                # All but the first window score only what the one before did not reach.
-                news = [0 if k == 0 else T - stride for k in windows]
-                first = windows[0] * stride + news[0] + 1
-                positions = np.concatenate([np.arange(new, nll.shape[1]) for new in news])
-                nll = np.concatenate([row[new:] for row, new in zip(nll, news)])
-                bar.update(len(nll))
-                yield first, positions, nll
+    mine = batches[len(batches) * rank // size : len(batches) * (rank + 1) // size]
+    with progress_bar(-(-(N - 1) // size), f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
+        for windows in mine:
+            nll = window_losses(model, split, [k * stride for k in windows], precision)
+            if not np.isfinite(nll).all():
+                raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
+            # All but the first window score only what the one before did not reach.
+            news = [0 if k == 0 else T - stride for k in windows]
+            first = windows[0] * stride + news[0] + 1
+            positions = np.concatenate([np.arange(new, nll.shape[1]) for new in news])
+            nll = np.concatenate([row[new:] for row, new in zip(nll, news)])
+            bar.update(len(nll))
+            yield first, positions, nll
 
 
 def window_losses(model: GPT2LMHeadModel, split: Split, starts: list[int], precision: str | None) -> np.ndarray:

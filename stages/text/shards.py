@@ -51,10 +51,11 @@ class TokenFiles:
         pieces = [self.files[i][max(0, start - self.edges[i]) : stop - self.edges[i]] for i in range(first, last + 1)]
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
-    def chunks(self, first: int = 0) -> Iterator[np.ndarray]:
+    def chunks(self, first: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
         """The ids from the first one on, so many at a time that they need little memory."""
-        for i in range(first, len(self), CHUNK):
-            yield self[i : i + CHUNK]
+        end = len(self) if end is None else end
+        for i in range(first, end, CHUNK):
+            yield self[i : min(i + CHUNK, end)]
 
     def fetch(self, number: int) -> None:
         """Lets the system read a file from its start to its end: its blocks will be asked for in any order."""
