@@ -70,17 +70,22 @@ def describe(
             "ngrams": float(found.sum() / max(total.sum(), 1)),
             "worst": {f"document {i + 1}": float(share[i]) for i in worst},
         }
-    shares = {name: measured[name].lengths / measured[name].lengths.sum() for name in splits}
-    present = np.flatnonzero(np.sum(list(shares.values()), axis=0)).tolist()
     return {
         "sets": {name: measured[name].figures() | identities[name] | {"dropped": dropped[name]} for name in splits},
         "ngram": grams.name,
         "leakage": leakage,
-        "lengths": [
-            {"bytes": 1 << i, **{name: float(share[i]) for name, share in shares.items()}}
-            for i in range(present[0], present[-1] + 1)
-        ],
+        "lengths": shares_by_length({name: measured[name].lengths for name in splits}),
     }
+
+
+def shares_by_length(lengths: dict[str, np.ndarray]) -> list[dict]:
+    """A row for each length of document that a split has, or that lies between two of them."""
+    present = np.flatnonzero(sum(lengths.values())).tolist()
+    shares = {name: each / each.sum() for name, each in lengths.items()}
+    return [
+        {"bytes": 1 << i, **{name: float(share[i]) for name, share in shares.items()}}
+        for i in range(present[0], present[-1] + 1)
+    ]
 
 
 def identity(hashes: np.ndarray) -> dict:

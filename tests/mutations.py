@@ -50,7 +50,7 @@ ROOMS = {
     "stages/text": (TEXT, {
         **dict.fromkeys(("corpus", "leakage", "splits"), "text/corpus"),
         **dict.fromkeys(("encoding", "streams", "tokenizers"), TOKENS),
-        **dict.fromkeys(("engine", "sources"), "text/corpus text/engine"),
+        **dict.fromkeys(("engine", "measures", "sources"), "text/corpus text/engine"),
         "shards": "text/shards",
     }),
     "stages/model": (["train", "evaluate"], {
