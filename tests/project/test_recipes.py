@@ -46,6 +46,7 @@ def at_defaults(built, tmp_path_factory) -> tuple[Path, float]:
 def test_every_page_with_a_rate_is_here():
     assert {name.rsplit("-", 1)[0] for name in RECIPES} >= {
         *("docs/fine-tune.md", "docs/longer.md", "docs/migrate.md", "docs/model-sizes.md", "docs/quality.md"),
+        "docs/small-text.md",
     }
 
 
