@@ -41,17 +41,17 @@ def main() -> None:
         grams = Grams.of(measure(held_out[0]).sums[2].item(), held_out[0].size)
         seen = Seen(grams, grams.of_documents(held_out))
         measured("measuring and leakage", size, lambda: measure(documents, None, seen))
-        train = {"train": Documents(NAME, folder)}
-        tokens, joined = folder / "tokens", folder / "joined"
-        tokens.mkdir(), joined.mkdir()
-        work = {"train": documents.path}
-        measured("tokenizing", size, lambda: streams.write_part(tokens, 0, 1, work, str(TOKENIZER), "allow"))
         source, kept = splits.Source([documents], np.empty(0)), np.arange(count) % 7 > 0
         parts = {"train": np.ones(count, bool)}
         measured("one process: comparing signatures", size, lambda: splits.drop_similar({"train": source}, parts))
         measured("one process: copying documents", size, lambda: splits.select(source, kept, folder / "kept.arrow"))
-        target = joined / "train.npy"
-        measured("one process: putting tokens together", size, lambda: streams.join(target, [tokens], train["train"]))
+        work = {"train": documents.path.rename(folder / "train.arrow")}
+        tokens, target = folder / "tokens", folder / "joined/train.npy"
+        for each in (tokens, target.parent):
+            each.mkdir()
+        measured("tokenizing", size, lambda: streams.write_part(tokens, 0, 1, work, str(TOKENIZER), "allow"))
+        train = Documents("train", folder)
+        measured("one process: putting tokens together", size, lambda: streams.join(target, [tokens], train))
 
 
 if __name__ == "__main__":
