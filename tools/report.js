@@ -61,7 +61,7 @@ function showCost() {
   const values = points("test_bits_per_byte").filter((row) => row[axis.value]);
   byId("cost").closest(".card").hidden = ["tokens", "train_seconds"].every((key) => runs.every((run) => !run.figures[key]));
   if (!values.length) return byId("cost").replaceChildren();
-  const x = { field: axis.value, type: "quantitative", scale: { type: "log" }, axis: { title: axis.selectedOptions[0].textContent, format: "~s", tickCount: 5 } };
+  const x = { field: axis.value, type: "quantitative", scale: { type: "log", nice: false, padding: 12 }, axis: { title: axis.selectedOptions[0].textContent, format: "~s", tickCount: 5 } };
   return draw("cost", {
     data: { values },
     mark: { type: "point", filled: true, size: 60, opacity: 1 },
