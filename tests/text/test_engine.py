@@ -150,8 +150,7 @@ def test_a_killed_look_for_leakage_reads_nothing_again(large, monkeypatch):
     arguments = ("--runtime.tasks=3", "--runtime.executor_options={max_workers: 1}")
     status, _, err = run_stage(large, "prepare_corpus", *arguments)
     assert status == 1 and err.startswith("error: runtime.executor: local: a task was killed") and err.count("\n") == 1
-    read = {file: file.stat().st_mtime_ns for file in large.glob("data/.corpus.parts/*/*")}
-    assert len(read) == 3 and digests(large, *MADE[:2]) == expected
+    assert len(list(large.glob("data/.corpus.parts/*/*"))) == 3 and digests(large, *MADE[:2]) == expected
 
     def write_share(*_, **__):
         raise AssertionError("a share was read again")

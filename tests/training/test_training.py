@@ -143,9 +143,9 @@ def test_accumulation_equals_a_larger_batch(files):
 
 def test_shuffled_by_seed_and_epoch(files):
     """And the borders of the blocks lie elsewhere in each epoch, whoever fetches them."""
-    epochs = ("--trainer.max_epochs", "3")
-    one, again = train(files, *epochs), train(files, *epochs, "--runtime.num_workers", "1")
-    other = train(files, *epochs, "--seed_everything", "2")
+    three = ("--trainer.max_epochs", "3")
+    one, again = train(files, *three), train(files, *three, "--runtime.num_workers", "1")
+    other = train(files, *three, "--seed_everything", "2")
     assert torch.equal(torch.stack(one.batches), torch.stack(again.batches))
     third = len(one.batches) // 3
     epochs = [one.batches[i * third : (i + 1) * third] for i in range(3)]
