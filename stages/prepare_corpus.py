@@ -60,6 +60,7 @@ def describe(
     grams = Grams.of(words, size)
     seen = Seen(grams, grams.of_documents([splits[name] for name in held_out]))
     measured["train"] = measure_train(splits["train"], seen, repr(identities), runtime)
+    seen.seen = measured["train"].seen
     leakage = {}
     for name in held_out:
         total, found = np.hstack([seen.by_document(batch) for batch in splits[name].read()])

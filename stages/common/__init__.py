@@ -4,10 +4,15 @@
 go on in the project's own. `dvc exp run --temp` and queued runs work in a folder below the project.
 """
 
+import gc
 import importlib.util
 import os
 import sys
 from pathlib import Path
+
+# Libraries make millions of objects that stay: to look through them again and again is a fifth of a stage's start.
+USUAL_GC = gc.get_threshold()
+gc.set_threshold(50_000)
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns of find_unused_parameters, which is set on purpose
 if "OMP_WAIT_POLICY" not in os.environ:

@@ -1,9 +1,12 @@
 """A user's mistake is one line and exit status 1, never a traceback."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from stages.common import USUAL_GC
 
 
 class UserError(Exception):
@@ -35,6 +38,8 @@ def note(text: str) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a mistake of the user's ends it with one line and exit status 1."""
+    gc.freeze()
+    gc.set_threshold(*USUAL_GC)
     try:
         main()
     except UserError as error:

@@ -22,6 +22,7 @@ from stages.common.paths import BLOCKS
 from stages.common.settings import Evaluate
 from stages.model import gpt2
 from stages.model.intervals import MAX_LOG, interval, perplexity
+from stages.text.corpus import equal_share
 from stages.text.leakage import LONG_WORD_BYTES
 from stages.text.streams import Split
 
@@ -148,7 +149,7 @@ def token_losses(
     starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
     batches = [*starts, [full]]
     rank, _, size = processes.launched()
-    mine = batches[len(batches) * rank // size : len(batches) * (rank + 1) // size]
+    mine = [batches[i] for i in equal_share(len(batches), rank, size)]
     with progress_bar(-(-(N - 1) // size), f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
         for windows in mine:
             nll = window_losses(model, split, [k * stride for k in windows], precision)

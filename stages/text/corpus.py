@@ -53,7 +53,7 @@ class Documents:
 
     def share(self, rank: int, tasks: int) -> range:
         """The batches of one task: as many as every other's."""
-        return range(*(self.batches * i // tasks for i in (rank, rank + 1)))
+        return equal_share(self.batches, rank, tasks)
 
     def batch(self, i: int) -> "Batch":
         """The i-th run of documents, about BATCH_BYTES together."""
@@ -156,3 +156,8 @@ def batched(documents: Iterable[bytes | memoryview]) -> Iterator[list[bytes | me
         size += len(document)
     if batch:
         yield batch
+
+
+def equal_share(total: int, rank: int, size: int) -> range:
+    """Those of `total` things in a row that are one's of `size`: as many as every other's."""
+    return range(total * rank // size, total * (rank + 1) // size)

@@ -164,20 +164,20 @@ class Seen:
         """
         self.grams, self.hashes = grams, hashes
         self.seen = np.zeros(len(self.hashes), bool)
-        # Most n-grams of the training text are none of them: a table by their low bits says so at one look.
-        self.maybe = np.zeros(1 << max(16, (16 * len(self.hashes)).bit_length()), bool)
-        self.maybe[self.low_bits(self.hashes)] = True
 
-    def low_bits(self, hashes: np.ndarray) -> np.ndarray:
-        """Where in `maybe` hashes stand: (n,) int64."""
-        return (hashes & np.uint64(len(self.maybe) - 1)).view(np.int64)
+    @cached_property
+    def maybe(self) -> np.ndarray:
+        """By low bits, which n-grams may be held-out ones: most of the training text's are none, at one look."""
+        table = np.zeros(1 << max(16, (16 * len(self.hashes)).bit_length()), bool)
+        table[low_bits(self.hashes, table)] = True
+        return table
 
     def look(self, part: Part) -> None:
         """Marks the held-out n-grams that a part of the training text has."""
         if not len(self.hashes):
             return
         hashes, _ = self.grams.hashes(part)
-        hashes = hashes[self.maybe[self.low_bits(hashes)]]
+        hashes = hashes[self.maybe[low_bits(hashes, self.maybe)]]
         at = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
         self.seen[at[self.hashes[at] == hashes]] = True
 
@@ -190,3 +190,8 @@ class Seen:
             found = self.seen[np.searchsorted(self.hashes, hashes)]
             total += np.bincount(document, minlength=len(batch)), np.bincount(document, found, len(batch)).astype(int)
         return total[0], total[1]
+
+
+def low_bits(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Where in a table of 2**i rows hashes stand: (n,) int64."""
+    return (hashes & np.uint64(len(table) - 1)).view(np.int64)

@@ -56,9 +56,10 @@ def measure(documents: Documents, share: range | None = None, seen: Seen | None 
 
 
 def measure_train(train: Documents, seen: Seen, identity: str, runtime: Runtime) -> Measured:
-    """Measures the training text, and marks in `seen` which held-out n-grams stand in it.
+    """Measures the training text.
 
     Args:
+        seen: the held-out n-grams to look for.
         identity: tells one corpus from another.
         runtime: in how many tasks, and who runs them.
     """
@@ -69,9 +70,9 @@ def measure_train(train: Documents, seen: Seen, identity: str, runtime: Runtime)
     with in_tasks(work, place, [], runtime) as parts:
         shares = [Measured(**np.load(part / MEASURED, allow_pickle=False)) for part in parts]
     shutil.rmtree(place)
-    seen.seen = np.any([share.seen for share in shares], axis=0)
     sums, lengths = (np.sum([getattr(share, name) for share in shares], axis=0) for name in ("sums", "lengths"))
-    return Measured(sums, np.max([share.longest for share in shares]), lengths, seen.seen)
+    found = np.any([share.seen for share in shares], axis=0)
+    return Measured(sums, np.max([share.longest for share in shares]), lengths, found)
 
 
 def measure_share(

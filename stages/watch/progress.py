@@ -133,6 +133,14 @@ def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
         live.log_metric(name, value)
 
 
+class LocalTensorBoard(TensorBoardLogger):
+    """TensorBoard's logger without hparams.yaml: its HPARAMS tab has the settings, and to write that file,
+    Lightning would load the clients of all cloud stores before the first step."""
+
+    def save(self) -> None:
+        self.experiment.flush()
+
+
 def make_loggers(module: LanguageModel, identity: str, resume: Path | None) -> list[Logger]:
     """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint.
 
@@ -146,7 +154,7 @@ def make_loggers(module: LanguageModel, identity: str, resume: Path | None) -> l
     first = int(step) + 1 if step.isdigit() else None
     config, optimizer, seed = module.model.config, module.settings.optimizer, module.settings.seed_everything
     name = f"{config.n_layer}x{config.n_embd}-{optimizer.name}-{optimizer.lr:g}-seed{seed}-{identity[:8]}"
-    tensorboard = TensorBoardLogger(LOGS, name="", version=name, default_hp_metric=False, purge_step=first)
+    tensorboard = LocalTensorBoard(LOGS, name="", version=name, default_hp_metric=False, purge_step=first)
     if first is None:
         return [tensorboard]  # training has ended
     logger = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)

@@ -178,6 +178,12 @@ def test_a_gpu_multiplies_bf16_from_compute_capability_8(monkeypatch, capability
     assert devices.multiplies_bf16(devices.torch.device("cuda")) == multiplies
 
 
+def test_garbage_is_collected_as_usual_once_all_is_imported():
+    code = "import gc; before = gc.get_threshold()\nfrom stages.common.errors import run; during = gc.get_threshold()\n"
+    code += "run(lambda: print(during[0] > before[0], gc.get_threshold() == before, gc.get_freeze_count() > 100))"
+    assert run("python", "-c", code, cwd=ROOT).stdout == "True True True\n"
+
+
 def test_ctrl_c_ends_a_stage_with_the_status_of_the_signal(capfd):
     def interrupted():
         raise KeyboardInterrupt

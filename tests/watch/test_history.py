@@ -116,6 +116,12 @@ def test_tensorboard_names_a_run_and_lists_its_settings(killed):
     assert best.value == pytest.approx(pd.read_csv(killed / "metrics/valid.csv").valid_loss.min())
 
 
+def test_clients_of_cloud_stores_are_not_loaded(project):
+    done = run("python", "-X", "importtime", "-m", "stages.train", "--trainer.max_steps", "1", cwd=project)
+    assert re.search(r"\| +torch\.utils\.tensorboard$", done.stderr, re.M)
+    assert not re.search(r"\| +(s3fs|aiohttp)$", done.stderr, re.M)
+
+
 def test_gradient_norm_equals_an_independent_computation(project):
     assert run_stage(project, "train", "--runtime.log_every_n_steps", "1", "--trainer.max_steps", "3")[0] == 0
     tokens = np.load(project / "data/blocks/train.npy").tolist()
