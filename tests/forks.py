@@ -3,8 +3,10 @@
 import atexit
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from stages import train
@@ -49,6 +51,30 @@ def forked(project: Path, *arguments: str, kill: tuple[signal.Signals, int] | No
             after_step(step, lambda: os.kill(os.getpid(), number))
 
     return end(start(project, *arguments, prepare=prepare))
+
+
+def together(project: Path, count: int, prepare: Callable[[int], None] = lambda rank: None) -> tuple[list[int], str]:
+    """Trains in forks of this process, as torchrun would start them; each one's status, and what they print.
+
+    Args:
+        prepare: is called in each with its rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = project / "train.log"
+    log.write_text("")
+
+    def joined(rank: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+        if count > 1:
+            os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+        prepare(rank)
+
+    devices = f"--trainer.devices={count}"
+    children = [start(project, devices, prepare=partial(joined, rank)) for rank in range(count)]
+    return [end(child) for child in children], log.read_text()
 
 
 def after_step(step: int, do: Callable[[], None]) -> None:

@@ -82,14 +82,6 @@ class Die(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Stop(Callback):
-    """Sends this process SIGTERM after the step that the environment names in STOP_AT, if it does."""
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if trainer.is_global_zero and str(trainer.global_step) == os.environ.get("STOP_AT"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 class FewPoints(Callback):
     """A history of two points: steps between them are pending when a checkpoint is made."""
 

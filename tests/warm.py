@@ -9,6 +9,7 @@ python tests/warm.py FOLDER: makes FOLDER/python and serves it until it is stopp
 import ast
 import atexit
 import gc
+import importlib
 import os
 import runpy
 import signal
@@ -17,6 +18,17 @@ import sys
 import traceback
 from pathlib import Path
 
+# What libraries import as late as they can.
+LATE = (
+    "dulwich.porcelain",
+    "dvc.cli",
+    "dvc.commands.repro",
+    "dvc.repo.experiments",
+    "dvc.repo.reproduce",
+    "dvc.scm",
+    "omegaconf",
+    "torch.utils.tensorboard",
+)
 CLIENT = """#!{python} -IS
 import os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -30,6 +42,7 @@ sys.exit(status) if status >= 0 else os.kill(os.getpid(), -status)
 
 
 def main(folder: Path) -> None:
+    gc.disable()
     import_libraries(Path(__file__).resolve().parent.parent / "stages")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -38,6 +51,7 @@ def main(folder: Path) -> None:
     client.write_text(CLIENT.format(python=sys.executable, address=str(folder / "socket")))
     client.chmod(0o755)
     gc.freeze()
+    gc.enable()
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -71,9 +85,8 @@ def import_libraries(sources: Path) -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)) and not ast.unparse(node).split()[1].startswith("stages"):
                 exec(ast.unparse(node), {})
-    import dvc.cli
-    import dvc.commands.repro
-    import dvc.repo.reproduce  # noqa: F401
+    for name in LATE:
+        importlib.import_module(name)
 
 
 def status_of(module: str) -> int:

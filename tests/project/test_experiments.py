@@ -21,23 +21,23 @@ def experiments(project: Path) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def explored(built, tmp_path_factory) -> Path:
+def explored(built, warm, tmp_path_factory) -> Path:
     """The built project with a grid of two run in the queue's folders, and one experiment in place."""
 
     def make(project: Path) -> None:
         shutil.copytree(built, project)
-        run("dvc", "exp", "run", "--queue", "--name", "grid", "-S", "optimizer.lr=3e-4,1e-3", cwd=project)
-        run("dvc", "queue", "start", cwd=project)
+        warm("dvc", "exp", "run", "--queue", "--name", "grid", "-S", "optimizer.lr=3e-4,1e-3", cwd=project)
+        warm("dvc", "queue", "start", cwd=project)
         deadline = time.monotonic() + 900
         while True:
-            status = run("dvc", "queue", "status", cwd=project).stdout
+            status = warm("dvc", "queue", "status", cwd=project).stdout
             if "Queued" not in status and "Running" not in status:
                 break
             assert time.monotonic() < deadline, status
             time.sleep(3)
-        run("dvc", "queue", "stop", cwd=project)
+        warm("dvc", "queue", "stop", cwd=project)
         assert status.count("Success") == 2, status
-        run("dvc", "exp", "run", "--name", "deeper", "-S", "model.n_layer=3", cwd=project)
+        warm("dvc", "exp", "run", "--name", "deeper", "-S", "model.n_layer=3", cwd=project)
 
     own = tmp_path_factory.mktemp("explored") / "project"
     return shutil.copytree(once(tmp_path_factory, "explored", make), own, symlinks=True)

@@ -5,23 +5,19 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from stages.common import checkpoint_files
 from stages.training import checkpoints, sharded
 
 import faults
-import forks
 import pytest
 import safetensors.torch
 import torch
 from conftest import run_stage, set_params, train_inputs
-from forks import after_step
+from forks import after_step, together
 from test_resume import made
 
 SETTINGS = [
@@ -31,29 +27,12 @@ SETTINGS = [
 ]
 
 
-def together(project: Path, count: int, prepare: Callable[[int], None] = lambda rank: None) -> tuple[list[int], str]:
-    """Trains in forks of this process, as torchrun would start them; each one's status, and what they print.
-
-    Args:
-        prepare: is called in each with its rank.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = project / "train.log"
-    log.write_text("")
-
-    def joined(rank: int) -> None:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-        if count > 1:
-            os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
-        checkpoints.ASIDE_BYTES = 0
-        prepare(rank)
-
-    devices = f"--trainer.devices={count}"
-    children = [forks.start(project, devices, prepare=partial(joined, rank)) for rank in range(count)]
-    return [forks.end(child) for child in children], log.read_text()
+@pytest.fixture(scope="module", autouse=True)
+def large():
+    """Every checkpoint is one that is written while training goes on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "ASIDE_BYTES", 0)
+        yield
 
 
 def held_back(name: str, step: int) -> None:

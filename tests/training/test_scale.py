@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, run, run_stage, set_params, train_inputs
+from forks import after_step, together
 
 TESTS = ROOT / "tests"
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
@@ -92,6 +94,16 @@ def wait_for_checkpoint(project: Path, *processes: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+def stopped_at(step: int) -> Callable[[int], None]:
+    """For `together`: the first process gets SIGTERM after a step, or none does after step 0."""
+
+    def prepare(rank: int) -> None:
+        if rank == 0:
+            after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    return prepare
+
+
 def test_two_processes_are_one_training(project, alone, tmp_path):
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch/sitecustomize.py").write_text(WATCH)
@@ -140,19 +152,16 @@ def test_a_resume_has_the_same_bytes_and_shares_the_work(project, built, tmp_pat
         *("optimizer.batch_size=6", "optimizer.name=muon", f"trainer.precision={precision}"),
         *("trainer.max_steps=8", "trainer.accumulate_grad_batches=2"),
         "runtime.checkpoint_every_n_steps=3",
-        "trainer.callbacks=[{class_path: probe.Stop}, {class_path: probe.Shares, init_args: {folder: shares}}, "
-        "{class_path: probe.FewPoints}]",
+        "trainer.callbacks=[{class_path: probe.Shares, init_args: {folder: shares}}, {class_path: probe.FewPoints}]",
     )
-    command = (sys.executable, "-m", "stages.train")
     whole = shutil.copytree(project, tmp_path / "whole")
-    runs = [start(*command, cwd=whole), start(*command, cwd=project, STOP_AT="5")]
-    (output, _), (stopped, _) = [process.communicate(timeout=200) for process in runs]
-    assert runs[0].returncode == 0, output
-    assert "stopped by SIGTERM at step 5" in stopped, stopped
+    statuses, output = together(whole, 3)
+    assert statuses == [0, 0, 0], output
+    output = together(project, 3, stopped_at(5))[1]
+    assert "stopped by SIGTERM at step 5" in output, output
     assert faults.damage_newest(project, "with other bytes in it")
-    process = start(*command, cwd=project)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0 and output.count("step-000000005.ckpt is passed over") == 1, output
+    statuses, output = together(project, 3)
+    assert statuses == [0, 0, 0] and output.count("step-000000005.ckpt is passed over") == 1, output
     assert "step-000000003.ckpt\n" in output, output
     for name in ("models/gpt2/model.safetensors", "metrics/train.csv", "metrics/valid.csv"):
         assert (project / name).read_bytes() == (whole / name).read_bytes(), name
@@ -245,11 +254,10 @@ def test_two_nodes_stop_together_and_go_on(project, alone):
 
 def test_fsdp_is_one_training_and_other_processes_go_on_with_it(project, alone):
     """By one process until SIGTERM, then by two under FSDP until SIGTERM, then by two under DDP."""
-    for settings, stop_at in ((("trainer.devices=1",), "100"), (FSDP, "200"), (TWO, "")):
-        set_params(project, *settings, "trainer.accelerator=cpu", "trainer.callbacks=[{class_path: probe.Stop}]")
-        process = start(sys.executable, "-m", "stages.train", cwd=project, STOP_AT=stop_at)
-        output, _ = process.communicate(timeout=200)
-        assert f"stopped by SIGTERM at step {stop_at}" in output if stop_at else process.returncode == 0, output
+    for strategy, count, stop_at in (("auto", 1, 100), ("fsdp", 2, 200), ("ddp", 2, 0)):
+        set_params(project, "trainer.accelerator=cpu", f"trainer.strategy={strategy}")
+        statuses, output = together(project, count, stopped_at(stop_at))
+        assert f"stopped by SIGTERM at step {stop_at}" in output if stop_at else not any(statuses), output
     assert "going on from" in output
     same_training(project, alone)
     for name in ("config.json", "tokenizer.json"):
