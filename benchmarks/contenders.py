@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
 from stages import train_tokenizer
-from stages.common.settings import load
+from stages.common.params import load
 from stages.model import gpt2, ops, scoring
 from stages.model.optimizers import lr_factor
 from stages.model.sampling import continuation

@@ -20,9 +20,10 @@ from stages.common.checkpoint_files import filled, in_parts, mapped
 from stages.common.devices import device_of
 from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import write_json, write_text
+from stages.common.params import load
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
 from stages.common.processes import launched, together
-from stages.common.settings import Group, Settings, about, load
+from stages.common.settings import Group, Settings, about
 from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation

@@ -6,8 +6,9 @@ import os
 from stages.common.errors import note, run
 from stages.common.files import new_folder, write_json
 from stages.common.hub import check_watched
+from stages.common.params import load
 from stages.common.paths import CORPUS, METRICS, SPLITS
-from stages.common.settings import Runtime, load
+from stages.common.settings import Runtime
 from stages.text.corpus import Documents
 from stages.text.leakage import Grams, Seen
 from stages.text.measures import measure, measure_train

@@ -5,8 +5,8 @@ metrics/tokens.json says how much text a token is, and what share of the text th
 
 from stages.common.errors import run
 from stages.common.files import write_json
+from stages.common.params import load
 from stages.common.paths import BLOCKS, CORPUS, METRICS, TOKENIZER
-from stages.common.settings import load
 from stages.text.corpus import Documents, split_names
 from stages.text.streams import token_figures, write_blocks
 

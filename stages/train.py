@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
 from stages.common.files import new_folder
+from stages.common.params import load
 from stages.common.paths import METRICS, MODEL, TOKENIZER
 from stages.common.processes import join, lost_another
-from stages.common.settings import Settings, load
+from stages.common.settings import Settings
 from stages.model import gpt2, ops
 from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer

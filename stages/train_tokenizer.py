@@ -12,9 +12,9 @@ from stages.common.commands import progress_bar
 from stages.common.errors import UserError, note, one_line, run
 from stages.common.files import new_folder
 from stages.common.memory import check_memory
+from stages.common.params import load
 from stages.common.paths import TOKENIZER
 from stages.common.settings import Tokenizer as TokenizerSettings
-from stages.common.settings import load
 from stages.text.corpus import Documents
 from stages.text.encoding import document_parts
 from stages.text.tokenizers import JsonTokenizer, existing

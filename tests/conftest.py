@@ -122,7 +122,7 @@ def first_loss(project: Path, windows: list[list[int]]):
     Args:
         windows: token ids, each input one before its target.
     """
-    from stages.common.settings import load
+    from stages.common.params import load
     from stages.model import gpt2
 
     import pytorch_lightning as pl

@@ -42,7 +42,7 @@ ROOMS = {
     }),
     "stages/common": (TEXT, {
         "checkpoint_files": "training/parts",
-        **dict.fromkeys(("commands", "errors", "hub", "memory", "plain_yaml", "settings"), SETTINGS),
+        **dict.fromkeys(("commands", "errors", "hub", "memory", "params", "plain_yaml", "settings"), SETTINGS),
         "devices": "common/settings model/evaluate",
         "files": "common/files project/inputs",
         "processes": "training/launchers",

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from stages.common.errors import UserError, run
 from stages.common.files import new_folder
-from stages.common.settings import Generate, Group, Settings, about, load
+from stages.common.params import load
+from stages.common.settings import Generate, Group, Settings, about
 from stages.evaluate import load_checkpoint
 from stages.model.gpt2 import sampling
 from stages.model.intervals import perplexity

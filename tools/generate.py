@@ -7,8 +7,9 @@ With --model DIR it takes another GPT-2 folder than models/gpt2.
 
 from stages.common.devices import device_of
 from stages.common.errors import UserError, run
+from stages.common.params import load
 from stages.common.paths import MODEL
-from stages.common.settings import Count, Group, about, load
+from stages.common.settings import Count, Group, about
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
 from stages.text.tokenizers import load_tokenizer

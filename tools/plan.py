@@ -12,8 +12,9 @@ import time
 from typing import Any
 
 from stages.common.errors import run
+from stages.common.params import load
 from stages.common.paths import BLOCKS
-from stages.common.settings import Settings, load
+from stages.common.settings import Settings
 from stages.model import ops
 from stages.text.streams import Split, load_split
 from stages.train import first_model

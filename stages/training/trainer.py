@@ -8,7 +8,8 @@ from typing import Any
 
 from stages.common.devices import auto_precision
 from stages.common.errors import UserError
-from stages.common.settings import Settings, as_list, first_reason, trainer_parser
+from stages.common.params import first_reason, trainer_parser
+from stages.common.settings import Settings, as_list
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
 from stages.training.sharded import ShardedStrategy

@@ -8,7 +8,7 @@ import re
 
 from stages.common import devices, errors
 from stages.common.errors import UserError
-from stages.common.settings import load
+from stages.common.params import load
 from stages.training.trainer import on_this_machine
 
 import pytest
@@ -167,7 +167,7 @@ def test_precision_auto_is_what_the_processor_multiplies_in_hardware(folder, mon
 
 def test_settings_alone_need_no_lightning(folder):
     """Its import takes longer than all else that a stage on little text does."""
-    look = "import sys; from stages.common.settings import load; load('x', '', argv=[])"
+    look = "import sys; from stages.common.params import load; load('x', '', argv=[])"
     loaded = run("python", "-c", f"{look}; print(*sys.modules)", cwd=folder, env={"PYTHONPATH": str(ROOT)}).stdout
     assert not {"torch", "pytorch_lightning", "transformers"} & set(loaded.split())
 

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from stages.common import settings
+from stages.common import params
 from stages.model import gpt2
 
 import pytest
@@ -85,9 +85,9 @@ def flat(group: dict, prefix: str = "") -> dict:
 
 def check_setting(key: str, value: str | None, where: str) -> None:
     """A setting exists and takes the value."""
-    assert key in settings.known_settings(), f"{where}: no such setting: {key}"
+    assert key in params.known_settings(), f"{where}: no such setting: {key}"
     if value is not None:
-        settings.load("stages.train", "", argv=[f"--{key}", value])
+        params.load("stages.train", "", argv=[f"--{key}", value])
 
 
 @cache
@@ -166,10 +166,10 @@ def test_commands_exist(page):
 def test_yaml_blocks_hold_valid_settings(page, tmp_path):
     for block in blocks(page, "yaml", "yml"):
         content = yaml.safe_load(block)
-        groups = {*settings.GROUPS, "trainer", "seed_everything"}
+        groups = {*params.GROUPS, "trainer", "seed_everything"}
         if isinstance(content, dict) and groups & content.keys():
             (tmp_path / "settings.yaml").write_text(block)
-            settings.load("stages.train", "", argv=["--config", str(tmp_path / "settings.yaml")])
+            params.load("stages.train", "", argv=["--config", str(tmp_path / "settings.yaml")])
 
 
 def anchors(page: Path) -> set[str]:
@@ -199,7 +199,7 @@ PASSING = ("models/checkpoints", "logs", "data/my", ".venv", ".dvc")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_and_settings_in_code_exist(page, built):
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
-    groups = "|".join([*settings.GROUPS, "trainer"])
+    groups = "|".join([*params.GROUPS, "trainer"])
     for code in re.findall(r"`([^`\n]+)`", text):
         if re.fullmatch(r"\.?[\w.-]+(/[\w.-]+)*/?", code) and re.match(
             r"(stages|tests|docs|data|models|metrics|benchmarks|\.ci|\.github)/|.*\.(md|ya?ml|lock)$", code
@@ -259,9 +259,9 @@ def test_table_shows_the_defaults():
 
 
 def test_table_says_what_settings_take_and_are():
-    for key, (kind, text) in settings.known_settings().items():
+    for key, (kind, text) in params.known_settings().items():
         if not key.startswith("trainer."):
-            assert documented()[key]["values"] == settings.words(kind).replace(" (try quotes)", ""), key
+            assert documented()[key]["values"] == params.words(kind).replace(" (try quotes)", ""), key
             assert documented()[key]["what it is"] == text, f"docs/settings.md: {key}"
 
 

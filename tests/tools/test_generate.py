@@ -50,7 +50,7 @@ def test_same_seed_same_text(built):
 
 def first_tokens(built, reference, count: int, *arguments: str) -> list[int]:
     """The first token after a prompt, drawn with as many seeds."""
-    from stages.common.settings import load
+    from stages.common.params import load
     from stages.model.gpt2 import load_model
     from stages.model.sampling import continuation
     from stages.text.tokenizers import load_tokenizer

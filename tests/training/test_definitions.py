@@ -8,7 +8,7 @@ import shutil
 import signal
 from types import SimpleNamespace
 
-from stages.common.settings import load
+from stages.common.params import load
 from stages.model import gpt2, optimizers
 from stages.training import checkpoints, history, identity, module
 

@@ -8,7 +8,8 @@ import re
 import subprocess
 import sys
 
-from stages.common.settings import NOT_TRAINER_SETTINGS, Runtime, Trainer
+from stages.common.params import NOT_TRAINER_SETTINGS
+from stages.common.settings import Runtime, Trainer
 from stages.training import lightning_internals as internals
 
 import pytest
@@ -164,7 +165,8 @@ def test_lightning_sets_the_name_of_a_hook_often():
 PROCESSES = """
 import torch
 from test_lightning_internals import Small, trainer_of
-from stages.common.settings import NOT_TRAINER_SETTINGS, Runtime, Trainer
+from stages.common.params import NOT_TRAINER_SETTINGS
+from stages.common.settings import Runtime, Trainer
 from stages.training import lightning_internals as internals
 class Watched(Small):
     def on_train_batch_start(self, batch, batch_idx):
