@@ -55,12 +55,13 @@ SHAPES = {
     "default": {},
     "default-fp32": FLOAT32,
     "byte": SMALL,
+    "byte-compiled": SMALL | {"model.compile": True},
     "wide": WIDE,
     "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed", "model.compile": True},
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
     "gpt2-medium": GPT2 | {"model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "optimizer.batch_size": 8},
 }
-Shape = Literal["default", "default-fp32", "byte", "wide", "wide-bf16", "gpt2", "gpt2-medium"]
+Shape = Literal["default", "default-fp32", "byte", "byte-compiled", "wide", "wide-bf16", "gpt2", "gpt2-medium"]
 HERE: list[Shape] = ["default", "default-fp32", "byte", "wide", "wide-bf16", *(["gpt2", "gpt2-medium"] if CUDA else [])]
 
 TURNS = {"callbacks": [{"class_path": "benchmarks.turns.TakesTurns"}]}
