@@ -1,6 +1,7 @@
 """Trainings in forks of this process, which has their libraries loaded already."""
 
 import atexit
+import importlib
 import os
 import signal
 import socket
@@ -11,7 +12,10 @@ from pathlib import Path
 
 from stages import train
 
-from warm import status_of
+from warm import LATE, status_of
+
+for name in LATE:
+    importlib.import_module(name)
 
 
 def start(project: Path, *arguments: str, prepare: Callable[[], None] = lambda: None) -> int:
