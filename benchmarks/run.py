@@ -310,7 +310,7 @@ def pipeline(rounds: int = 5) -> None:
                 starting = Contender(name, module, cwd=folder)
                 seconds += [starting.turn(0)["started"] - started] if i else []  # the first fills the disk cache
                 starting.end()
-        bars = [at_most("train stage / plain script", median_ratio(*times.values()), 1.25)]
+        bars = [at_most("train stage / plain script", median_ratio(*times.values()), 1.0)]
         body = f"{seconds_table(times)}\n\n{table(BARS, bars)}"
         record("From start to first training step", command, body)
 
