@@ -338,7 +338,8 @@ def test_a_data_set_of_the_hub(template, tmp_path, monkeypatch):
     assert err.startswith("error: params.yaml: data.train_file: DVC doesn't watch data/valid.txt")
 
 
-def test_further_test_sets(project):
+def test_further_test_sets(project, tmp_path):
+    project = shutil.copytree(project, tmp_path / "project")
     arguments = ["--data.test_files={news: valid.txt, more_1: test.txt}"]
     for stage in ("prepare_corpus", "tokenize_blocks"):
         status, _, err = run_stage(project, stage, *arguments)
