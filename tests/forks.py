@@ -81,6 +81,16 @@ def together(project: Path, count: int, prepare: Callable[[int], None] = lambda 
     return [end(child) for child in children], log.read_text()
 
 
+def stopped_at(step: int, rank: int = 0) -> Callable[[int], None]:
+    """For `together`: one of the processes gets SIGTERM after a step, or none does after step 0."""
+
+    def prepare(of: int) -> None:
+        if of == rank:
+            after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    return prepare
+
+
 def after_step(step: int, do: Callable[[], None]) -> None:
     """Makes this process do something after a step."""
     after = train.History.on_train_batch_end

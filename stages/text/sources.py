@@ -19,6 +19,7 @@ from typing import BinaryIO
 from stages.common.errors import UserError, note, one_line
 from stages.common.hub import dataset_files
 from stages.common.settings import Data
+from stages.text.corpus import equal_share
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,7 +93,8 @@ def share_of(files: list[SourceFile], rank: int, tasks: int, settings: Data) -> 
         settings: the data group.
     """
     total, found = sum(file.size for file in files), []
-    first, last = total * rank // tasks, total * (rank + 1) // tasks
+    share = equal_share(total, rank, tasks)
+    first, last = share.start, share.stop
     for file in files:
         start, end = (next_document(file, at, settings) for at in (first, last))
         if start < end:

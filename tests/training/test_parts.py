@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import run_stage, set_params, train_inputs
-from forks import after_step, together
+from forks import after_step, stopped_at, together
 from test_resume import made
 
 SETTINGS = [
@@ -67,12 +67,7 @@ def whole(fresh, tmp_path_factory) -> Path:
 def stopped(fresh, tmp_path_factory) -> Path:
     """Stopped by SIGTERM at step 3."""
     project = shutil.copytree(fresh, tmp_path_factory.mktemp("stopped") / "project")
-
-    def prepare(rank: int) -> None:
-        if rank == 1:
-            after_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-    statuses, log = together(project, 2, prepare)
+    statuses, log = together(project, 2, stopped_at(3, rank=1))
     assert statuses == [128 + signal.SIGTERM, 0] and "stopped by SIGTERM at step 3" in log, log
     return project
 

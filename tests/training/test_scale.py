@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, run, run_stage, set_params, train_inputs
-from forks import after_step, together
+from forks import stopped_at, together
 
 TESTS = ROOT / "tests"
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp")
@@ -92,16 +91,6 @@ def wait_for_checkpoint(project: Path, *processes: subprocess.Popen) -> None:
         assert all(p.poll() is None for p in processes), processes[0].communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def stopped_at(step: int) -> Callable[[int], None]:
-    """For `together`: the first process gets SIGTERM after a step, or none does after step 0."""
-
-    def prepare(rank: int) -> None:
-        if rank == 0:
-            after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-
-    return prepare
 
 
 def test_two_processes_are_one_training(project, alone, tmp_path):
