@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,24 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
+def wait_for_the_first(seconds: float = 30) -> None:
+    """Processes that train together find the same mistake, and the first one on each machine says it.
+
+    A launcher ends all of them when one has ended, so the others have to let the first one speak, and speak themselves
+    where it finds no mistake in `seconds`.
+
+    Raises:
+        SystemExit: the process that started this one is gone, as the first one of Lightning's own launcher is.
+    """
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        return
+    launcher, end = os.getppid(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        if os.getppid() != launcher:
+            sys.exit(1)
+        time.sleep(0.1)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a command's main(): a mistake of the user's ends it with one line and exit status 1."""
     gc.freeze()
@@ -43,10 +62,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # Processes that train together find the same mistake: one on each machine says it.
-        first = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-        text = " ".join(str(error).splitlines())
-        sys.exit(f"error: {text}" if first or isinstance(error, OneProcessError) else 1)
+        if not isinstance(error, OneProcessError):
+            wait_for_the_first()
+        sys.exit("error: " + " ".join(str(error).splitlines()))
     except BrokenPipeError:
         os._exit(1)
     except OSError as error:

@@ -272,8 +272,11 @@ def test_impossible_combinations(project, monkeypatch, settings, message):
     assert "\n" not in str(error.value)
 
 
-def test_other_number_of_processes_than_set_is_said_once(project):
-    process = start("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.train", cwd=project)
-    output, _ = process.communicate(timeout=60)
+def test_other_number_of_processes_than_set_is_said_once(project, tmp_path):
+    """By the first, although the other one has found it long before and its launcher stops all when one ends."""
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(3 * (os.environ.get('LOCAL_RANK') == '0'))")
+    words = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.train")
+    process = start(*words, cwd=project, PYTHONPATH=str(tmp_path))
+    output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert output.count("error: trainer.devices 1 on trainer.num_nodes 1 are 1 processes, but 2 were started") == 1
