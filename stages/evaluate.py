@@ -13,6 +13,7 @@ figures stand in stages/model/scoring.py.
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
 from stages.model.scoring import figures_of, unigram_ppl
-from stages.text.splits import sources_of
-from stages.text.streams import fresh_blocks, load_split
+from stages.text.corpus import Documents
+from stages.text.splits import sources_of, written_splits
+from stages.text.streams import load_split, write_blocks
 from stages.text.tokenizers import TextTokenizer, load_tokenizer
 
 import pandas as pd
@@ -83,8 +85,12 @@ def scores_of_another(settings: Settings, device: torch.device) -> dict[str, tup
     """What `figures_of` says of the model that --model names, for each text that the settings name."""
     model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
     model.to(device)
-    with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
-        return {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
+    names = test_sets(sources_of(settings.data))
+    with tempfile.TemporaryDirectory() as folder:
+        with written_splits(settings.data, Path(folder), names):
+            blocks = Path(folder, "blocks")
+            write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
+        return {name: figures_of(model, load_split(name, blocks), settings.evaluate) for name in names}
 
 
 def write(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from stages import train
+from stages.common import errors
 
 from warm import LATE, status_of
 
@@ -74,6 +75,7 @@ def together(project: Path, count: int, prepare: Callable[[int], None] = lambda 
         numbers |= {"GROUP_RANK": 0, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
         if count > 1:
             os.environ.update({name: str(value) for name, value in numbers.items()}, TORCHELASTIC_RUN_ID="test")
+            errors.leave_it_to_the_first = partial(errors.leave_it_to_the_first, 0)  # nobody stops the others
         prepare(rank)
 
     devices = f"--trainer.devices={count}"

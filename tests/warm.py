@@ -26,6 +26,7 @@ LATE = (
     "dvc.repo.experiments",
     "dvc.repo.reproduce",
     "dvc.scm",
+    "dvclive",
     "omegaconf",
     "torch.utils.tensorboard",
 )

@@ -37,22 +37,20 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def wait_for_the_first(seconds: float = 30) -> None:
+def leave_it_to_the_first(seconds: float = 10) -> None:
     """Processes that train together find the same mistake, and the first one on each machine says it.
 
-    A launcher ends all of them when one has ended, so the others have to let the first one speak, and speak themselves
-    where it finds no mistake in `seconds`.
+    A launcher stops all of them when one ends, so the others end after it, or when it has had `seconds` for that.
 
     Raises:
-        SystemExit: the process that started this one is gone, as the first one of Lightning's own launcher is.
+        SystemExit: in the others.
     """
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         return
     launcher, end = os.getppid(), time.monotonic() + seconds
-    while time.monotonic() < end:
-        if os.getppid() != launcher:
-            sys.exit(1)
+    while os.getppid() == launcher and time.monotonic() < end:  # Lightning's launcher is the first one itself
         time.sleep(0.1)
+    sys.exit(1)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -63,7 +61,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if not isinstance(error, OneProcessError):
-            wait_for_the_first()
+            leave_it_to_the_first()
         sys.exit("error: " + " ".join(str(error).splitlines()))
     except BrokenPipeError:
         os._exit(1)

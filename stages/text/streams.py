@@ -10,9 +10,8 @@ So one split's text changes no other split's files.
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -22,12 +21,11 @@ from stages.common.commands import progress_bar
 from stages.common.errors import OneProcessError, UserError, note
 from stages.common.files import new_folder, write_json, write_text
 from stages.common.paths import BLOCKS
-from stages.common.settings import Data, Runtime
+from stages.common.settings import Runtime
 from stages.text.corpus import Documents
 from stages.text.encoding import BATCH_BYTES, Encoder, document_parts, take
 from stages.text.engine import in_tasks
 from stages.text.shards import TokenFiles, TokenWriter, write_header
-from stages.text.splits import written_splits
 from stages.text.tokenizers import COMPARED_BYTES, TextTokenizer, load_tokenizer
 
 import numpy as np
@@ -117,21 +115,6 @@ def load_split(name: str, folder: str | Path = BLOCKS) -> Split:
         )
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path}: can't be read as token blocks ({error}): {AGAIN}") from None
-
-
-@contextmanager
-def fresh_blocks(settings: Data, names: Iterable[str], tokenizer_folder: str | Path) -> Iterator[dict[str, Split]]:
-    """The token streams of some splits, made of the text that the settings name, in a folder for the time being.
-
-    Args:
-        settings: the data group.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        with written_splits(settings, Path(folder), names):
-            pass
-        blocks = Path(folder, "blocks")
-        write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
-        yield {name: load_split(name, blocks) for name in names}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from stages.training.history import History
 from stages.training.model_card import training_settings
 from stages.training.module import LanguageModel, valid_metrics
 
-import dvclive
-from dvclive.lightning import DVCLiveLogger
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,12 +55,12 @@ class Live(Callback):
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
-            for logger in (each for each in trainer.loggers if isinstance(each, DVCLiveLogger)):
+            for logger in (each for each in trainer.loggers if isinstance(each, LiveLogger)):
                 for row in self.history.train:
                     metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
-                    log_live(logger.experiment, metrics, row["step"])
+                    logger.log_metrics(metrics, row["step"])
                 for row in self.history.valid:
-                    log_live(logger.experiment, valid_metrics(row["valid_loss"]), row["step"])
+                    logger.log_metrics(valid_metrics(row["valid_loss"]), row["step"])
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
@@ -86,13 +86,7 @@ class Live(Callback):
     def record(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                if not isinstance(logger, DVCLiveLogger):
-                    logger.log_metrics(metrics, trainer.global_step)
-                    continue
-                log_live(logger.experiment, metrics, trainer.global_step)
-                logger.experiment.make_summary()
-                if not (LIVE / "dvc.yaml").exists():
-                    write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+                logger.log_metrics(metrics, trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.validation_started = time.monotonic()
@@ -125,14 +119,6 @@ class Live(Callback):
             self.bar.close()
 
 
-def log_live(live: dvclive.Live, metrics: dict[str, float], step: int) -> None:
-    """What DVCLiveLogger.log_metrics does, but for its search of the call stack, and, where that finds
-    Lightning's own logging, its reading all files again."""
-    live.step = step
-    for name, value in metrics.items():
-        live.log_metric(name, value)
-
-
 class LocalTensorBoard(TensorBoardLogger):
     """TensorBoard's logger without hparams.yaml: its HPARAMS tab has the settings, and to write that file,
     Lightning would load the clients of all cloud stores before the first step."""
@@ -141,8 +127,46 @@ class LocalTensorBoard(TensorBoardLogger):
         self.experiment.flush()
 
 
+class LiveLogger(Logger):
+    """DVCLive, opened with the first figure, not before the first step: with DVC it takes as long as some steps.
+
+    DVCLive's own logger for Lightning searches the call stack at each figure, and where that finds Lightning's own
+    logging, reads all files again.
+    """
+
+    name = version = ""  # type: ignore[assignment]
+
+    @cached_property
+    def live(self) -> Any:
+        """dvclive.Live, None where it doesn't work."""
+        import dvclive
+
+        try:
+            return dvclive.Live(str(LIVE), save_dvc_exp=False, dvcyaml=False)
+        except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
+            note(f"DVCLive can't follow this training: {one_line(error)}")
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.live is None:
+            return
+        self.live.step = step
+        for name, value in metrics.items():
+            self.live.log_metric(name, value)
+        self.live.make_summary()
+        if not (LIVE / "dvc.yaml").exists():
+            write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
+
+    def log_hyperparams(self, *arguments: Any, **more: Any) -> None:
+        """DVC knows the settings from params.yaml."""
+
+    def finalize(self, status: str) -> None:
+        if vars(self).get("live"):
+            self.live.end()
+
+
 def make_loggers(module: LanguageModel, identity: str, resume: Path | None) -> list[Logger]:
-    """TensorBoard's and, where it works, DVCLive's, for a run that starts or goes on from a checkpoint.
+    """TensorBoard's and DVCLive's, for a run that starts or goes on from a checkpoint.
 
     Args:
         module: its settings and the model's shape name the run in TensorBoard.
@@ -157,10 +181,4 @@ def make_loggers(module: LanguageModel, identity: str, resume: Path | None) -> l
     tensorboard = LocalTensorBoard(LOGS, name="", version=name, default_hp_metric=False, purge_step=first)
     if first is None:
         return [tensorboard]  # training has ended
-    logger = DVCLiveLogger(dir=str(LIVE), save_dvc_exp=False, report=None, dvcyaml=False)
-    try:
-        logger.experiment  # noqa: B018 (it opens Git and DVC)
-    except Exception as error:  # Git without a commit, no space for DVC's database: each fails in its own way
-        note(f"DVCLive can't follow this training: {one_line(error)}")
-        return [tensorboard]
-    return [tensorboard, logger]
+    return [tensorboard, LiveLogger()]
