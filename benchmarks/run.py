@@ -31,6 +31,7 @@ from jsonargparse import auto_cli
 
 RESULTS = ROOT / "benchmarks" / "results.md"
 CUDA = torch.cuda.is_available()
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start of a stage would compile it again
 
 BARS = ["bar", "median", "wanted", ""]
 FLOAT32 = {"trainer.precision": "32-true"}

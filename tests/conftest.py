@@ -109,8 +109,7 @@ def run_stage(project: Path, name: str, *arguments: str) -> tuple[int, str, str]
                 print(status, file=err)
                 status = 1
         finally:
-            gc.unfreeze()
-            gc.collect()  # frees the lock of a training, for which other processes wait
+            gc.collect()  # of what came since its start: frees the lock of a training, for which other processes wait
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()

@@ -59,9 +59,12 @@ torch.library.define("stages::onednn_linear", "(Tensor x, Tensor weight, Tensor?
 torch.library.impl("stages::onednn_linear", "CPU", _onednn_linear)
 
 
-@torch.library.register_fake("stages::onednn_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _shape_of_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+# register_fake would look through all modules for this line of source.
+torch.library.impl("stages::onednn_linear", "Meta", _shape_of_linear)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from stages.common.settings import Settings, as_list
 from stages.text.streams import Split
@@ -72,13 +73,16 @@ def code_digest(root: Path = ROOT) -> str:
 
 def what_runs(source: str) -> str:
     """Python source without comments, docstrings and layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, ast.AST):
+            return [type(node).__name__, *[plain(getattr(node, name, None)) for name in node._fields]]
+        if isinstance(node, list):
             # A string that stands alone does nothing, wherever it is.
-            node.body = [part for part in body if not is_string(part)]
-    return ast.dump(tree)
+            return [plain(part) for part in node if not is_string(part)]
+        return node
+
+    return repr(plain(ast.parse(source)))
 
 
 def is_string(node: ast.AST) -> bool:
