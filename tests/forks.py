@@ -1,7 +1,6 @@
 """Trainings in forks of this process, which has their libraries loaded already."""
 
 import atexit
-import importlib
 import os
 import signal
 import socket
@@ -11,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from stages import train
-from stages.common import errors
+from stages.common import errors, params
 from stages.training import identity
 
-from warm import LATE, status_of
+from warm import preload, status_of
 
-for name in LATE:
-    importlib.import_module(name)
+preload()
+params.trainer_parser()
 CODE = identity.code_digest()
 
 
