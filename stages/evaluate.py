@@ -14,7 +14,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stages.common.checkpoint_files import filled, in_parts, mapped
@@ -24,14 +25,14 @@ from stages.common.files import write_json, write_text
 from stages.common.params import load
 from stages.common.paths import BLOCKS, CHECKPOINTS, METRICS, MODEL, SPLITS, TOKENIZER
 from stages.common.processes import launched, together
-from stages.common.settings import Group, Settings, about
+from stages.common.settings import Data, Group, Settings, about
 from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
 from stages.model.scoring import figures_of, unigram_ppl
 from stages.text.corpus import Documents
 from stages.text.splits import sources_of, written_splits
-from stages.text.streams import load_split, write_blocks
+from stages.text.streams import Split, load_split, write_blocks
 from stages.text.tokenizers import TextTokenizer, load_tokenizer
 
 import pandas as pd
@@ -85,12 +86,21 @@ def scores_of_another(settings: Settings, device: torch.device) -> dict[str, tup
     """What `figures_of` says of the model that --model names, for each text that the settings name."""
     model, tokenizer_folder = load_checkpoint(Path(settings.options.model))
     model.to(device)
-    names = test_sets(sources_of(settings.data))
-    with tempfile.TemporaryDirectory() as folder:
-        with written_splits(settings.data, Path(folder), names):
-            blocks = Path(folder, "blocks")
-            write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
-        return {name: figures_of(model, load_split(name, blocks), settings.evaluate) for name in names}
+    with fresh_blocks(settings.data, test_sets(sources_of(settings.data)), tokenizer_folder) as splits:
+        return {name: figures_of(model, split, settings.evaluate) for name, split in splits.items()}
+
+
+@contextmanager
+def fresh_blocks(settings: Data, names: list[str], tokenizer_folder: Path) -> Iterator[dict[str, Split]]:
+    """The token streams of some splits, made of the text that the settings name, in a folder for the time being.
+
+    Args:
+        settings: the data group.
+    """
+    with tempfile.TemporaryDirectory() as folder, written_splits(settings, Path(folder), names):
+        blocks = Path(folder, "blocks")
+        write_blocks({name: Documents(name, folder) for name in names}, tokenizer_folder, blocks)
+        yield {name: load_split(name, blocks) for name in names}
 
 
 def write(

@@ -17,11 +17,10 @@ from stages.common.errors import UserError, run
 from stages.common.files import new_folder
 from stages.common.params import load
 from stages.common.settings import Generate, Group, Settings, about
-from stages.evaluate import load_checkpoint
+from stages.evaluate import fresh_blocks, load_checkpoint
 from stages.model.gpt2 import sampling
 from stages.model.intervals import perplexity
 from stages.model.scoring import checked_stride, token_losses
-from stages.text.streams import fresh_blocks
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
 
 import numpy as np

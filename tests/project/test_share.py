@@ -72,8 +72,8 @@ def test_model_card(built, tmp_path):
     assert run("python", "example.py", cwd=tmp_path / "model").stdout.startswith("The")
 
 
-def test_model_card_without_validation(project):
-    run("python", "-m", "stages.train", "--trainer.limit_val_batches", "0", "--trainer.max_steps", "3", cwd=project)
+def test_model_card_without_validation(project, warm):
+    warm("stages.train", "--trainer.limit_val_batches", "0", "--trainer.max_steps", "3", cwd=project)
     card = ModelCard.load(Path(project, "models/gpt2/README.md"))
     assert not card.data.eval_results
     assert "trained without validation" in card.text

@@ -15,6 +15,7 @@ TABLE = re.findall(
 )
 BASE = [
     "model.block_size=64",
+    "model.n_layer=1",
     "optimizer.batch_size=8",
     "trainer.max_epochs=2",
     "runtime.enable_progress_bar=false",

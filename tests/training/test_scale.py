@@ -46,12 +46,12 @@ if os.environ.get("LOCAL_RANK", "0") != "0":
 
 
 @pytest.fixture(scope="module")
-def alone(built, tmp_path_factory) -> Path:
+def alone(built, warm, tmp_path_factory) -> Path:
     """The project trained on the CPU by one process."""
     project = tmp_path_factory.mktemp("alone") / "project"
     shutil.copytree(built, project)
     set_params(project, "trainer.accelerator=cpu")
-    run("python", "-m", "stages.train", cwd=project)
+    warm("stages.train", cwd=project)
     return project
 
 
@@ -93,7 +93,7 @@ def wait_for_checkpoint(project: Path, *processes: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_two_processes_are_one_training(project, alone, tmp_path):
+def test_two_processes_are_one_training(project, alone, warm, tmp_path):
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch/sitecustomize.py").write_text(WATCH)
     log = tmp_path / "written.txt"
@@ -108,12 +108,12 @@ def test_two_processes_are_one_training(project, alone, tmp_path):
         assert output.count(line) == 1, output
     assert "warn" not in output.lower()
     assert json.loads((project / "metrics/run.json").read_text())["processes"] == 2
-    run("python", "-m", "stages.evaluate", cwd=project)
+    warm("stages.evaluate", cwd=project)
     loss = json.loads((project / "metrics/eval.json").read_text())["valid"]["loss"]
     assert loss == pytest.approx(pd.read_csv(alone / "metrics/valid.csv")["valid_loss"].min(), abs=1e-6)
 
 
-def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
+def test_killed_process_ends_the_run_and_one_goes_on(project, alone, warm):
     set_params(project, *TWO, "runtime.checkpoint_every_n_steps=20")
     dvc = start("dvc", "repro", "train", cwd=project)
     wait_for_checkpoint(project, dvc)
@@ -128,7 +128,7 @@ def test_killed_process_ends_the_run_and_one_goes_on(project, alone):
     assert not any(p.is_running() for p in processes)
 
     set_params(project, "trainer.devices=1", "trainer.strategy=auto")
-    assert "going on from models/checkpoints" in run("dvc", "repro", "train", cwd=project).stdout
+    assert "going on from models/checkpoints" in warm("dvc", "repro", "train", cwd=project).stdout
     same_training(project, alone)
 
 

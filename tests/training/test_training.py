@@ -1,16 +1,9 @@
 """Training from outside: a callback records what a run starts from and sees, and a plain loop repeats it."""
 
-import fcntl
 import json
 import math
-import os
-import pty
 import re
 import shutil
-import struct
-import subprocess
-import sys
-import termios
 from types import SimpleNamespace
 
 from stages.model import gpt2
@@ -261,7 +254,7 @@ def scalars(project) -> dict[str, list]:
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
-def test_callbacks_of_params_yaml_through_dvc(built, tmp_path):
+def test_callbacks_of_params_yaml_through_dvc(built, warm, tmp_path):
     project = tmp_path / "project"
     shutil.copytree(built, project, ignore=shutil.ignore_patterns("logs"))
     shutil.copy(ROOT / "tests/probe.py", project / "my_callbacks.py")
@@ -278,7 +271,7 @@ def test_callbacks_of_params_yaml_through_dvc(built, tmp_path):
     ]
     before = pd.read_csv(project / "metrics/valid.csv")
     set_params(project, f"trainer.callbacks={json.dumps(callbacks)}", "runtime.log_every_n_steps=5")
-    run("dvc", "repro", "train", cwd=project)
+    warm("dvc", "repro", "train", cwd=project)
 
     after = pd.read_csv(project / "metrics/valid.csv")
     assert len(after) == 2 < len(before)  # no validation is better by 9 nats, so the second one ends it
@@ -293,26 +286,6 @@ def test_callbacks_of_params_yaml_through_dvc(built, tmp_path):
     assert {"loss", "valid_ppl"} <= logged.keys()
     # Lightning's own checkpoint can be measured too, and logs are not tracked.
     (checkpoint,) = (project / "mine").glob("*.ckpt")
-    figures = json.loads(run("python", "-m", "stages.evaluate", "--model", str(checkpoint), cwd=project).stdout)
+    figures = json.loads(warm("stages.evaluate", "--model", str(checkpoint), cwd=project).stdout)
     assert figures["valid"]["loss"] == pytest.approx(after.valid_loss.min(), rel=1e-5)
     assert "logs/" not in run("git", "status", "--porcelain", cwd=project).stdout
-
-
-def test_progress_bar_on_a_terminal(files):
-    """In a terminal, a line tells step, loss and tokens per second."""
-    shutil.copytree(ROOT / "stages", files / "stages")
-    shutil.copy(ROOT / "dvc.yaml", files)
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    command = [sys.executable, "-m", "stages.train", "--trainer.max_epochs", "6", "--trainer.limit_val_batches", "1"]
-    process = subprocess.Popen(command, cwd=files, stdout=child, stderr=child)
-    os.close(child)
-    shown = b""
-    while True:
-        try:
-            shown += os.read(parent, 4096)
-        except OSError:  # the other end is closed
-            break
-    os.close(parent)
-    assert process.wait() == 0
-    assert re.search(rb"training: .*\d+/\d+ .*loss \d\.\d+, .*[\d,]+ tokens/s", shown), shown[-2000:]

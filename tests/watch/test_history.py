@@ -141,9 +141,9 @@ def test_gradient_norm_equals_an_independent_computation(project):
     assert live(project, "grad_norm").grad_norm[0] == pytest.approx(norm, rel=1e-4)
 
 
-def test_in_a_terminal_and_in_a_pipe(project):
+def test_in_a_terminal_and_in_a_pipe(project, warm):
     """One line that is written over, lines for validations, and a table; no control characters in a pipe."""
-    piped = run("dvc", "repro", "--force", "--single-item", "train", cwd=project)
+    piped = warm("dvc", "repro", "--force", "--single-item", "train", cwd=project)
     assert "\r" not in piped.stdout + piped.stderr
     assert "tokens/s " in piped.stdout
     figures = json.loads((project / "metrics/eval.json").read_text())["valid"]
@@ -153,18 +153,18 @@ def test_in_a_terminal_and_in_a_pipe(project):
 
     shutil.rmtree(project / "models/checkpoints")  # else there is nothing left to train
     shown = in_terminal(100, "dvc", "repro", "--force", "--single-item", "train", cwd=project)
-    bars = re.findall(r"training: +\d+%.*?loss \d\.\d{3}, valid \d\.\d{3}, [\d,]+ tokens/s", shown)
+    bars = re.findall(r"training: +\d+%.*? \d+/290 .*?loss \d\.\d{3}, valid \d\.\d{3}, [\d,]+ tokens/s", shown)
     assert bars
     assert max(len(line) for line in re.split(r"[\r\n]+", shown) if line.startswith("training:")) <= 100
     # Each validation's line stands on a line of its own.
     assert re.search(r"[\r\n]step 290: valid_loss [\d.]+, valid_ppl [\d.]+\r\n", shown)
 
 
-def test_git_without_a_commit(project):
+def test_git_without_a_commit(project, warm):
     """DVCLive fails there; the training doesn't."""
     shutil.rmtree(project / ".git")
     run("git", "init", "-q", cwd=project)
-    done = run(*TRAIN, "--trainer.max_epochs", "null", "--trainer.max_steps", "4", cwd=project)
+    done = warm("stages.train", "--trainer.max_epochs", "null", "--trainer.max_steps", "4", cwd=project)
     assert "note: DVCLive can't follow this training: Empty git repo" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(project.glob("logs/*/events*"))  # TensorBoard has it
