@@ -141,7 +141,7 @@ def test_muon_of_three_processes_is_its_definition(tmp_path):
                          stdout=subprocess.PIPE, text=True)
         for rank in range(3)
     ]  # fmt: skip
-    printed = [process.communicate(timeout=120)[0].split() for process in processes]
+    printed = [process.communicate(timeout=300)[0].split() for process in processes]
     assert all(float(error) < 1e-4 for each in printed for error in each[::2]), printed
     assert [len(each) for each in printed] == [4, 4, 4]
     assert printed[0][1::2] == printed[1][1::2] == printed[2][1::2]  # each has the running squares of all

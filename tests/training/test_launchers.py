@@ -70,7 +70,7 @@ def test_figures_keep_their_bytes_on_any_number_of_processes(project, tmp_path):
     ]
     status, _, err = run_stage(project, "evaluate")
     assert status == 0, err
-    outputs = [process.communicate(timeout=200)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], outputs
     for folder in (two, three):
         assert digests(folder, "metrics") == digests(project, "metrics")
@@ -128,7 +128,7 @@ def test_one_process_that_fails_ends_all_with_one_line(project, tmp_path, signal
     (tmp_path / "sitecustomize.py").write_text(SIGNAL)
     before = digests(project, "metrics")
     processes = srun(project, "-m", "stages.evaluate", PYTHONPATH=str(tmp_path), **signals)
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert outputs[0].startswith(line) and outputs[0].count("\n") == 1 and outputs[1] == "", outputs
     assert processes[0].returncode == status and processes[1].returncode != 0
     assert digests(project, "metrics") == before
@@ -152,6 +152,6 @@ def test_torchrun_starts_a_training_again(project):
         *("trainer.callbacks=[{class_path: probe.Die}]", "runtime.checkpoint_every_n_steps=2"),
     )
     process = torchrun("--nproc-per-node=2", "--max-restarts=1", "-m", "stages.train", cwd=project, DIE="0")
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert output.count("going on from") == 1 and "8 of 8" in output, output

@@ -100,7 +100,7 @@ def test_two_processes_are_one_training(project, alone, warm, tmp_path):
     set_params(project, *TWO)
     environment = {"PYTHONPATH": str(tmp_path / "watch"), "WATCH_LOG": str(log)}
     process = start(sys.executable, "-m", "stages.train", cwd=project, **environment)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     same_training(project, alone)
     assert log.read_text() == "watching\n"
@@ -120,7 +120,7 @@ def test_killed_process_ends_the_run_and_one_goes_on(project, alone, warm):
     processes = training_processes(dvc)
     assert len(processes) == 2
     processes[1].kill()
-    output, _ = dvc.communicate(timeout=60)
+    output, _ = dvc.communicate(timeout=300)
     assert dvc.returncode != 0
     assert output.count("error: one of the 2 processes of this training has ended") == 1, output
     assert "Traceback" not in output
@@ -228,12 +228,12 @@ def test_two_nodes_stop_together_and_go_on(project, alone):
     nodes = two_nodes()
     wait_for_checkpoint(project, *nodes)
     training_processes(nodes[1])[0].send_signal(signal.SIGTERM)
-    outputs = [node.communicate(timeout=60)[0] for node in nodes]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert nodes[0].returncode != 0
     assert "stopped by SIGTERM at step" in outputs[0] and "stopped by" not in outputs[1], outputs
 
     nodes = two_nodes()
-    outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert "going on from" in outputs[0] and "going on from" not in outputs[1], outputs
     same_training(project, alone)
@@ -277,6 +277,6 @@ def test_other_number_of_processes_than_set_is_said_once(project, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(3 * (os.environ.get('LOCAL_RANK') == '0'))")
     words = ("torchrun", "--standalone", "--nproc-per-node", "2", "-m", "stages.train")
     process = start(*words, cwd=project, PYTHONPATH=str(tmp_path))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert output.count("error: trainer.devices 1 on trainer.num_nodes 1 are 1 processes, but 2 were started") == 1
