@@ -204,6 +204,8 @@ def small_project(target: Path, *settings: str) -> Path:
         set_params(target, f"data.{split}_file=data/{split}.txt")
     set_params(target, *SMALL, *settings)
     (target / "dvc.lock").unlink(missing_ok=True)
+    # Once for all copies: each start would compile them again, or a copy meet a file that just comes.
+    run("python", "-m", "compileall", "-q", "stages", "tools", cwd=target)
     run("git", "add", "-A", cwd=target)
     run("git", "commit", "-qm", "small", cwd=target)
     return target
@@ -235,7 +237,6 @@ def built(template, tmp_path_factory) -> Path:
 
     def make(project: Path) -> None:
         shutil.copytree(template, project)
-        run("python", "-m", "compileall", "-q", "stages", "tools", cwd=project)  # or a copy could meet one that comes
         run("dvc", "repro", cwd=project)
         run("git", "add", "-A", cwd=project)
         run("git", "commit", "-qm", "built", cwd=project)
