@@ -36,6 +36,7 @@ FILES = {
 WORKSPACE = "workspace"
 SAMPLE_TEXT = "data/sample/"
 SEED = "seed_everything"
+UNREADABLE = (yaml.YAMLError, AttributeError, KeyError, TypeError)  # of a dvc.lock
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/(.+)")
 
 
@@ -87,11 +88,13 @@ class Run:
 
     @cached_property
     def recipe(self) -> str:
-        """A hash of settings, text and code, whatever the seed; the revision when they are unknown."""
+        """A hash of settings, text and code, whatever the seed; the revision when they are unknown.
+
+        Of recipes that have made the very same figures, `history` leaves the oldest one's.
+        """
         if self.unknown:
             return self.revision
-        rest = {key: value for key, value in self.params.items() if key != SEED}
-        return hashlib.sha256(json.dumps([rest, self.sources], sort_keys=True, default=str).encode()).hexdigest()
+        return recipe_of(self.params, self.sources)
 
     def number(self, name: str, key: str) -> float:
         """A figure or detail of a set; NaN when it isn't there."""
@@ -104,6 +107,11 @@ class Run:
 
     def detail(self, name: str, key: str) -> Any:
         return self.part(self.details, name).get(key)
+
+
+def recipe_of(params: dict[str, Any], sources: dict[str, str]) -> str:
+    rest = {key: value for key, value in params.items() if key != SEED}
+    return hashlib.sha256(json.dumps([rest, sources], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def git(*command: str, stdin: bytes | None = None) -> bytes:
@@ -161,7 +169,38 @@ def history(
         run = Run(WORKSPACE, newest, WORKSPACE, "not committed")
         read(run, workspace, more)
         runs.insert(0, run)
+    oldest = oldest_recipes([*named, *revisions], workspace["lock"]) if born else {}
+    for run in runs:
+        run.recipe = oldest.get(run.recipe, run.recipe)
     return runs
+
+
+def oldest_recipes(more: list[str], workspace: bytes | None) -> dict[str, str]:
+    """Of each recipe in a dvc.lock, the oldest that made the same figures, or figures that one of those made.
+
+    Code that is only written otherwise changes no figure, and is no other run: the seeds of before are its seeds.
+    """
+    what = ["--format=%H", "--date-order", "--reverse", "HEAD", "--branches", "--stdin", "--", FILES["lock"]]
+    revisions = git("log", *what, stdin="\n".join(more).encode()).decode().split()
+    locks = [files["lock"] for files in read_files(revisions, {"lock": FILES["lock"]})]
+    first: dict[str | None, str] = {}
+    older: dict[str, str] = {}
+
+    def oldest(recipe: str) -> str:
+        while older[recipe] != recipe:
+            recipe = older[recipe]
+        return recipe
+
+    for lock in [*locks, workspace]:
+        try:
+            figures, params, sources = contents_of(lock or b"")
+        except UNREADABLE:
+            continue
+        if figures is not None:
+            recipe = recipe_of(params, sources)
+            older.setdefault(recipe, recipe)
+            older[oldest(recipe)] = oldest(first.setdefault(figures, recipe))
+    return {recipe: oldest(recipe) for recipe in older}
 
 
 def experiments() -> dict[str, str]:
@@ -254,19 +293,25 @@ def read_lock(raw: bytes | None, figures: bytes) -> tuple[str | None, dict[str, 
     if raw is None:
         return "no dvc.lock", {}, {}
     try:
-        hashes, params, outs = {}, {}, set()
-        for part in parts_of(raw):
-            for entry in part.get("deps", []) + part.get("outs", []):
-                hashes[entry["path"]] = entry.get("md5")
-            outs.update(entry["path"] for entry in part.get("outs", []))
-            for file in part.get("params", {}).values():
-                flatten(file or {}, "", params)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        made, params, sources = contents_of(raw)
+    except UNREADABLE:
         return "dvc.lock can't be read", {}, {}
-    if hashes.get(EVAL) != hashlib.md5(figures, usedforsecurity=False).hexdigest():
+    if made != hashlib.md5(figures, usedforsecurity=False).hexdigest():
         return "dvc.lock records other figures", {}, {}
+    return None, params, sources
+
+
+def contents_of(raw: bytes) -> tuple[str | None, dict[str, Any], dict[str, str]]:
+    """What a dvc.lock records: md5 of the figures, settings by dotted name, md5 by path of what no stage made."""
+    hashes, params, outs = {}, {}, set()
+    for part in parts_of(raw):
+        for entry in part.get("deps", []) + part.get("outs", []):
+            hashes[entry["path"]] = entry.get("md5")
+        outs.update(entry["path"] for entry in part.get("outs", []))
+        for file in part.get("params", {}).values():
+            flatten(file or {}, "", params)
     made = {path for path in hashes if any(path == out or path.startswith(f"{out}/") for out in outs)}
-    return None, params, {path: md5 for path, md5 in hashes.items() if path not in made}
+    return hashes.get(EVAL), params, {path: md5 for path, md5 in hashes.items() if path not in made}
 
 
 def parts_of(lock: bytes) -> list[dict[str, Any]]:

@@ -138,6 +138,19 @@ def test_the_command_reads_revisions_seeds_and_the_workspace(lived):
     assert status == 1 and err.startswith("error: nothing: no such revision or experiment") and err.count("\n") == 1
 
 
+def test_a_change_that_leaves_the_figures_as_they_are_keeps_the_seeds(tmp_path):
+    """A commit that changes dvc.lock alone, as code written otherwise does, is no other recipe."""
+    repository(tmp_path)
+    commit(tmp_path, made(0.0001, 1, spread=0.002), "seed 1", lr=1)
+    commit(tmp_path, made(0.0002, 2, spread=0.002), "seed 2", lr=1)
+    commit(tmp_path, made(0.0002, 2, spread=0.002), "written otherwise", lr=1, written="otherwise")
+    commit(tmp_path, made(0.0003, 3, spread=0.002), "seed 3", lr=1, written="otherwise")
+    for revision in ("HEAD", "HEAD~1", "HEAD~3"):
+        assert "3 seeds (1, 2, 3)" in compare(tmp_path, "--noise", revision)[1]
+    commit(tmp_path, made(-0.05, 1, spread=0.002), "another", lr=2, written="otherwise")
+    assert "one seed only (1)" in compare(tmp_path, "--noise", "HEAD")[2]
+
+
 def test_an_experiment_that_others_have_pushed(lived, tmp_path):
     run("git", "checkout", "-q", "--detach", "HEAD~1", cwd=lived)
     experiment = commit(lived, made(-0.1, 1, spread=0.002), "dvc: commit", lr=4)
