@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 # PyTorch sends float32 products to MKL, which uses half the width of an AMD processor with AVX-512: oneDNN
-# uses all of it. On Intel's, MKL is the faster one, and so is PyTorch's own GELU.
+# uses all of it. On Intel's, MKL is the faster one.
 INTEL = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and not INTEL
@@ -22,6 +22,9 @@ ONEDNN = (
 # written several times without going to memory. On a GPU pieces only keep the peak memory low.
 LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
 
+# Where memory that isn't in the cache costs as much as computing does, and looking at a value costs nothing.
+IN_PLACE = {"cpu"}
+
 # A GPU's products are fastest when the vocabulary is a multiple of this. The rows that fill it up are there only
 # while logits are made.
 VOCABULARY_MULTIPLE = {"cuda": 128}
@@ -30,7 +33,7 @@ VOCABULARY_MULTIPLE = {"cuda": 128}
 torch.backends.cuda.matmul.allow_tf32 = True
 
 # Elements of a GELU at a time, so that its float32 intermediates stay in the cache.
-GELU_PIECE = 1 << 19
+GELU_PIECE = 1 << 18
 
 
 def reuse_memory() -> None:
@@ -109,7 +112,7 @@ def gelu(x: Tensor) -> Tensor:
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), which a CPU computes several times as fast.
     """
-    if x.device.type != "cpu" or INTEL:
+    if x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -131,7 +134,7 @@ class Gelu(torch.autograd.Function):
         factor = torch.tensor(GELU_1, dtype=wide)
         for part, y_part in zip(x.flatten().split(GELU_PIECE), y.view(-1).split(GELU_PIECE), strict=True):
             part = part.to(wide)
-            torch.mul(torch.addcmul(factor, part, part, value=GELU_3).mul_(part).sigmoid_(), part, out=y_part)
+            y_part.copy_(torch.addcmul(factor, part, part, value=GELU_3).mul_(part).sigmoid_().mul_(part))
         return y
 
     @staticmethod
@@ -149,6 +152,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Returns:
         () float32, nats.
     """
+    if x.device.type == "cpu":
+        return _uncompiled_cross_entropy(x, weight, targets)
+    return LinearCrossEntropy.apply(x, weight, targets)
+
+
+@torch.compiler.disable
+def _uncompiled_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return LinearCrossEntropy.apply(x, weight, targets)
 
 
@@ -164,23 +174,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if filling := -V % VOCABULARY_MULTIPLE.get(x.device.type, 1):
             weight = F.pad(weight, (0, 0, 0, filling))
             grad_weight = F.pad(grad_weight, (0, 0, 0, filling))
-        ids = torch.arange(len(weight), device=x.device)
+        of_piece = loss_and_gradient_in_place if x.device.type in IN_PLACE else loss_and_gradient
         for rows in pieces(x, weight):
-            x_part, target = x[rows], targets[rows, None]
-            logits = product(x_part, weight)
-            logits[:, V:] = -torch.inf
-            probabilities = logits.softmax(1, dtype=torch.float32)
-            # -log softmax(logits)[target], without a second pass of exponentials: of the largest logit,
-            # the probability is at least 1 / V, so its logarithm is exact.
-            log_sum_exp = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log()
-            total += (log_sum_exp - logits.gather(1, target).float()).sum()
-            if x.device.type in VOCABULARY_MULTIPLE:  # a scatter that is to be deterministic waits for the GPU
-                probabilities = torch.where(ids == target, probabilities - 1, probabilities)
-            else:
-                probabilities.scatter_(1, target, probabilities.gather(1, target) - 1)
-            grad_logits = probabilities.to(x.dtype)
+            loss, grad_logits = of_piece(x[rows], weight, targets[rows], V)
+            total += loss
             grad_x[rows] = product(grad_logits, weight.t())
-            grad_weight += product(grad_logits.t(), x_part.t())
+            grad_weight += product(grad_logits.t(), x[rows].t())
         ctx.save_for_backward(grad_x, grad_weight[:V])
         return total / len(x)
 
@@ -189,6 +188,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         grad = grad / len(grad_x)
         return grad_x * grad, grad_weight * grad, None
+
+
+def loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of a piece, () float32, and its gradient for the logits, (N, len(weight)).
+
+    Args:
+        x, weight, targets: as for `linear_cross_entropy`; rows of the weights from V on are only there to fill up.
+    """
+    logits, target = product(x, weight), targets[:, None]
+    logits[:, V:] = -torch.inf
+    probabilities = logits.softmax(1, dtype=torch.float32)
+    # -log softmax(logits)[target], without a second pass of exponentials: of the largest logit, the probability
+    # is at least 1 / V, so its logarithm is exact.
+    log_sum_exp = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log()
+    loss = (log_sum_exp - logits.gather(1, target).float()).sum()
+    # A scatter that is to be deterministic waits for the GPU.
+    ids = torch.arange(len(weight), device=x.device)
+    return loss, torch.where(ids == target, probabilities - 1, probabilities).to(x.dtype)
+
+
+def loss_and_gradient_in_place(x: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """The same in fewer passes over less memory, where the host may look at the probabilities."""
+    logits, target = product(x, weight), targets[:, None]
+    probabilities = logits.to(torch.float32)  # logits themselves, if that's what they are
+    torch.softmax(probabilities, 1, out=probabilities)
+    likelihood = probabilities.gather(1, target)
+    loss = -likelihood.log().sum()
+    if not likelihood.min() >= torch.finfo(torch.float32).tiny:  # float32 takes it for 0
+        loss = token_cross_entropy(x, weight, targets).sum()
+    probabilities.scatter_(1, target, likelihood - 1)
+    return loss, logits.copy_(probabilities)
 
 
 def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

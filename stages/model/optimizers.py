@@ -112,14 +112,13 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def even(momentum: Tensor, squares: list[Tensor], beta2: float, size: float) -> Tensor:
         """The updates of (N, n, m) matrices, n <= m, times `size`; their (1, m) running mean squares take them in."""
-        updates = orthogonal(momentum)
-        # A copy in float32 too, where squaring in place would square the updates.
-        new = updates.to(torch.float32, copy=True).square_().mean(-2, keepdim=True)
+        updates = orthogonal(momentum).float()
+        new = updates.square().mean(-2, keepdim=True)
         torch._foreach_lerp_(squares, list(new.to(squares[0].dtype)), 1 - beta2)
         scale = 1 / (torch.stack(squares).float().sqrt() + 1e-8)
         # The Frobenius norm stays what it was: of all neurons, `new` is the mean square, and scale**2 * new of those.
         norms = [each.sum(-1, keepdim=True) for each in (new, new * scale.square())]
-        return updates * (size * scale * (norms[0] / norms[1].clamp(min=1e-14)).sqrt())
+        return updates.mul_(size * scale * (norms[0] / norms[1].clamp(min=1e-14)).sqrt())
 
 
 class SharedWork:
@@ -223,10 +222,12 @@ def orthogonal(x: Tensor) -> Tensor:
     gram = x @ x.mT
     # The Schatten 4-norm: at least the largest singular value, and nearer to it than the Frobenius norm.
     norm = torch.linalg.matrix_norm(gram, dtype=torch.float32, keepdim=True).clamp(min=1e-14).sqrt()
-    x, gram = x / norm.to(x.dtype), gram / norm.square().to(x.dtype)
+    gram = gram / norm.square().to(x.dtype)
     for i in range(5):
         gram = x @ x.mT if i else gram
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)  # a pass over x less than to add it to the product
+        x = (factor if i else factor / norm.to(x.dtype)) @ x
     return x
 
 

@@ -14,6 +14,8 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+AT_A_TIME = 64  # batches whose blocks are drawn together: numpy takes as long for one
+
 
 def step_tokens(settings: Settings) -> int:
     """Tokens that an optimizer step learns from."""
@@ -104,12 +106,13 @@ class ShuffledBatches(Sampler):
         epoch, fixed = self.trainer.current_epoch, self.trainer.overfit_batches  # these are the same in every epoch
         first = 0 if fixed else moved(epoch, self.T)
         edges = np.clip(-(-(self.edges - first) // self.T), 0, self.blocks)
-        for i in range(batches_done(self.trainer), len(self)):
-            batch = np.arange(i * self.batch_size, (i + 1) * self.batch_size)
+        for i in range(batches_done(self.trainer), len(self), AT_A_TIME):
+            blocks = np.arange(i * self.batch_size, min(i + AT_A_TIME, len(self)) * self.batch_size)
             if not fixed:
-                batch = shuffled(batch, edges, [self.seed, epoch])
-            starts = np.minimum(first + batch * self.T, self.last)
-            yield starts[self.trainer.global_rank :: self.trainer.world_size].tolist()
+                blocks = shuffled(blocks, edges, [self.seed, epoch])
+            starts = np.minimum(first + blocks * self.T, self.last)
+            for batch in starts.reshape(-1, self.batch_size).tolist():
+                yield batch[self.trainer.global_rank :: self.trainer.world_size]
 
 
 class LateLoader(DataLoader):

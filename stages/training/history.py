@@ -7,7 +7,7 @@ from typing import Any
 from stages.common.errors import UserError
 from stages.common.files import write_text
 from stages.training.lightning_internals import batches_seen, steps_after
-from stages.training.module import LanguageModel, grad_norm
+from stages.training.module import LanguageModel
 
 import pandas as pd
 import torch
@@ -38,7 +38,7 @@ class History(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LanguageModel, optimizer: Optimizer) -> None:
         step = trainer.global_step + 1
         if step % self.interval == 0 or step % trainer.log_every_n_steps == 0:
-            self.grad_norm = grad_norm(module)  # before they are clipped
+            self.grad_norm = module.grad_norm()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int

@@ -42,9 +42,19 @@ class LanguageModel(internals.QuickAttributes):
             model.activation_checkpointing_enable()
         self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
         self.nll = self.predicted = 0.0
+        self.norm: Tensor | None = None
 
     def on_fit_start(self) -> None:
         self.loss_is_monitored = any(getattr(c, "monitor", None) == "loss" for c in self.trainer.callbacks)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        """Frees the gradients of the step before, so that the forward pass has their memory."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.norm = None
+            self.optimizers().zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Lightning would do it after the forward pass."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean loss (nats a token) of (B, T + 1) int64 token ids."""
@@ -81,9 +91,9 @@ class LanguageModel(internals.QuickAttributes):
     def configure_optimizers(self) -> dict:
         total = self.training_steps()
         settings = with_room_after_warmup(self.settings.optimizer, total, say=self.trainer.is_global_zero)
-        trained = [p for p in self.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim >= 2]
-        vectors = [p for p in trained if p.ndim < 2]
+        self.trained = [p for p in self.parameters() if p.requires_grad]
+        matrices = [p for p in self.trained if p.ndim >= 2]
+        vectors = [p for p in self.trained if p.ndim < 2]
         hidden = [p for p in self.model.transformer.h.parameters() if p.ndim == 2]
         # With fp16 the fused step would unscale the gradients itself, after they were clipped.
         fused = str(self.settings.trainer.precision) not in ("16", "16-mixed")
@@ -115,15 +125,17 @@ class LanguageModel(internals.QuickAttributes):
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        norm = grad_norm(self)
+        norm = self.grad_norm()
         # Most often there is nothing to clip, and a CPU needn't then multiply all gradients by 1.
         if self.device.type != "cpu" or not norm <= gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.trained, gradient_clip_val, norm)
 
-
-def grad_norm(module: torch.nn.Module) -> Tensor:
-    """() norm of all gradients, over all processes that hold parts of them."""
-    return whole(torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None]))
+    def grad_norm(self) -> Tensor:
+        """() norm of all gradients of this optimizer step before they are clipped, over all processes that hold
+        parts of them."""
+        if self.norm is None:
+            self.norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None]))
+        return self.norm
 
 
 def valid_metrics(loss: float) -> dict[str, float]:
