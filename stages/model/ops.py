@@ -21,6 +21,10 @@ ONEDNN = (
 # Logits are made for so many bytes' worth of tokens at a time: a piece that fits the cache is read and
 # written several times without going to memory. On a GPU pieces only keep the peak memory low.
 LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
+AMX_LOGITS_BYTES = 1 << 26  # its products are so quick that adding up the gradients of small pieces shows
+
+# A float32 softmax on a CPU takes so many bytes at a time.
+CACHE_BYTES = 1 << 21
 
 # Where memory that isn't in the cache costs as much as computing does, and looking at a value costs nothing.
 IN_PLACE = {"cpu"}
@@ -209,16 +213,20 @@ def loss_and_gradient(x: Tensor, weight: Tensor, targets: Tensor, V: int) -> tup
 
 
 def loss_and_gradient_in_place(x: Tensor, weight: Tensor, targets: Tensor, V: int) -> tuple[Tensor, Tensor]:
-    """The same in fewer passes over less memory, where the host may look at the probabilities."""
-    logits, target = product(x, weight), targets[:, None]
-    probabilities = logits.to(torch.float32)  # logits themselves, if that's what they are
-    torch.softmax(probabilities, 1, out=probabilities)
-    likelihood = probabilities.gather(1, target)
-    loss = -likelihood.log().sum()
-    if not likelihood.min() >= torch.finfo(torch.float32).tiny:  # float32 takes it for 0
-        loss = token_cross_entropy(x, weight, targets).sum()
-    probabilities.scatter_(1, target, likelihood - 1)
-    return loss, logits.copy_(probabilities)
+    """The same in fewer passes, and in memory that is in the cache, where the host may look at the probabilities."""
+    logits, loss = product(x, weight), torch.zeros((), dtype=torch.float32)
+    rows = cached(logits)
+    for some, part, target in zip(x.split(rows), logits.split(rows), targets[:, None].split(rows)):
+        probabilities = part.float()  # of float32 logits, the same memory
+        torch.softmax(probabilities, 1, out=probabilities)
+        likelihood = probabilities.gather(1, target)
+        if likelihood.min() >= torch.finfo(torch.float32).tiny:
+            loss -= likelihood.log().sum()
+        else:  # float32 takes it for 0
+            loss += token_cross_entropy(some, weight, target.flatten()).sum()
+        probabilities.scatter_(1, target, likelihood - 1)
+        part.copy_(probabilities)
+    return loss, logits
 
 
 def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -230,12 +238,18 @@ def token_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         (N,) float32, nats.
     """
     x, weight = autocast(x), autocast(weight)
-    return torch.cat(
-        [
-            F.cross_entropy(product(x[rows], weight).float(), targets[rows], reduction="none")
-            for rows in pieces(x, weight)
-        ]
-    )
+    losses = []
+    for rows in pieces(x, weight):
+        logits = product(x[rows], weight)
+        parts = cached(logits) if x.device.type in IN_PLACE else len(logits)
+        for part, target in zip(logits.split(parts), targets[rows].split(parts)):
+            losses.append(F.cross_entropy(part.float(), target, reduction="none"))
+    return torch.cat(losses)
+
+
+def cached(logits: Tensor) -> int:
+    """The rows of (N, V) logits that stay in the cache while a softmax of them is made."""
+    return max(1, CACHE_BYTES // (4 * logits.shape[1]))
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -246,5 +260,6 @@ def autocast(x: Tensor) -> Tensor:
 
 def pieces(x: Tensor, weight: Tensor) -> list[slice]:
     """The rows of (N, C) hidden states whose logits are made at a time."""
-    rows = max(1, LOGITS_BYTES.get(x.device.type, 1 << 28) // (4 * len(weight)))
+    most = AMX_LOGITS_BYTES if INTEL and x.dtype == torch.bfloat16 else LOGITS_BYTES.get(x.device.type, 1 << 28)
+    rows = max(1, most // (4 * len(weight)))
     return [slice(i, i + rows) for i in range(0, len(x), rows)]
