@@ -83,7 +83,7 @@ def take_turns(steps: Iterator) -> None:
         next(steps)
 
 
-def own_step(settings) -> None:
+def own_steps(settings) -> Iterator[Tensor]:
     """The train stage's own step without Lightning's loop, logging, progress line and checkpoints."""
     quiet_libraries()
     ops.reuse_memory()
@@ -97,14 +97,12 @@ def own_step(settings) -> None:
     module.loss_is_monitored, module.trainer = False, pl.Trainer(logger=False, enable_checkpointing=False)
     parts = module.configure_optimizers()
     step = count()
-    take_turns(
-        loop(
-            settings,
-            module,
-            lambda batch: module.training_step(batch, next(step)),
-            parts["optimizer"],
-            parts["lr_scheduler"]["scheduler"],
-        )
+    return loop(
+        settings,
+        module,
+        lambda batch: module.training_step(batch, next(step)),
+        parts["optimizer"],
+        parts["lr_scheduler"]["scheduler"],
     )
 
 
@@ -314,7 +312,7 @@ def matrix_flops() -> int:
 
 
 CONTENDERS = {
-    "own_step": own_step,
+    "own_step": lambda settings: take_turns(own_steps(settings)),
     "transformers_eager": lambda settings: take_turns(transformers_loop(settings, compiled=False)),
     "transformers_compiled": lambda settings: take_turns(transformers_loop(settings, compiled=True)),
     "nanogpt": nanogpt,

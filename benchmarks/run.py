@@ -55,6 +55,7 @@ GPT2 = {
 SHAPES = {
     "default": {},
     "default-fp32": FLOAT32,
+    "default-compiled": {"model.compile": True},
     "byte": SMALL,
     "byte-compiled": SMALL | {"model.compile": True},
     "wide": WIDE,
@@ -62,7 +63,17 @@ SHAPES = {
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
     "gpt2-medium": GPT2 | {"model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "optimizer.batch_size": 8},
 }
-Shape = Literal["default", "default-fp32", "byte", "byte-compiled", "wide", "wide-bf16", "gpt2", "gpt2-medium"]
+Shape = Literal[
+    "default",
+    "default-fp32",
+    "default-compiled",
+    "byte",
+    "byte-compiled",
+    "wide",
+    "wide-bf16",
+    "gpt2",
+    "gpt2-medium",
+]
 HERE: list[Shape] = ["default", "default-fp32", "byte", "wide", "wide-bf16", *(["gpt2", "gpt2-medium"] if CUDA else [])]
 
 TURNS = {"callbacks": [{"class_path": "benchmarks.turns.TakesTurns"}]}
@@ -179,6 +190,28 @@ def optimizers(shapes: list[Shape] = ["byte", "default", "wide-bf16"], rounds: i
             )
             body = f"{rates_table(rates, tokens, 'tokens/s')}\n\n{table(BARS, bars)}\n\n{note}"
             record(f"Optimizers, {shape}", command, body)
+
+
+def split(shapes: list[Shape] = ["byte", "default", "wide-bf16"]) -> None:  # noqa: B006
+    """Where a training step's time goes, uncompiled, and its limit: what its matrix products take alone.
+
+    Args:
+        shapes: which shapes.
+    """
+    for shape in shapes:
+        with project(shape) as (folder, params):
+            print(f"split, {shape}:", flush=True)
+            write_params(folder, params)
+            said = json.loads(run_module("benchmarks.split", folder, "--model.compile", "false"))
+        step, alone = said["step"], said["products alone"]
+        rows = [[kind, f"{1000 * share * step:.1f}", f"{share:.0%}"] for kind, share in said["kinds"].items()]
+        rows.append(["**all**", f"{1000 * step:.1f}", "100%"])
+        limit = (
+            f"- the products alone, one by one: {1000 * alone:.1f} ms, {said['flops'] / alone / 1e9:,.0f} GFLOP/s\n"
+            f"- that limit / the step: {alone / step:.2f}"
+        )
+        command = f"python -m benchmarks.run split --shapes '[{shape}]'"
+        record(f"A step's time, {shape}", command, f"{table(['', 'ms', 'share'], rows)}\n\n{limit}")
 
 
 def quality(shapes: list[Shape] = HERE, steps: int = 60) -> None:
@@ -515,6 +548,7 @@ def all_sections(rounds: int = 5) -> None:
     """
     training(rounds=rounds)
     optimizers(rounds=rounds)
+    split()
     quality()
     evaluation(rounds=rounds)
     tokenizing(rounds=rounds)
@@ -732,6 +766,7 @@ if __name__ == "__main__":
             "quick": quick,
             "training": training,
             "optimizers": optimizers,
+            "split": split,
             "quality": quality,
             "evaluation": evaluation,
             "tokenizing": tokenizing,

@@ -7,6 +7,7 @@ It trains for a few steps with the settings as they are, times five of them or m
 
 import math
 import resource
+import shutil
 import sys
 import time
 from typing import Any
@@ -31,11 +32,12 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
-from transformers import GPT2Config
+from transformers import GPT2Config, GPT2LMHeadModel
 
 WARM = 3  # steps that take longer: memory is found, kernels are made
 TIMED, SECONDS = 5, 2.0  # at least so many steps, for at least so long
 VALIDATED = 4  # batches
+COMPILING, SAVED = 10.0, {"cpu": 0.2, "cuda": 0.5}  # seconds it takes at least; the share of a step it saves at most
 
 
 def main() -> None:
@@ -45,13 +47,7 @@ def main() -> None:
     train, valid = load_split("train"), load_split("valid")
     libraries = peak_memory()
     model = first_model(settings, train, valid)
-    # Without the users' callbacks: they may write files, or end it sooner.
-    settings = with_trainer(settings, callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
-    trial, blocks, module = Trial(), Blocks(train, valid, settings), module_of(model, settings)
-    trainer = make_trainer(settings, BestWeights(), [History(), trial])
-    check_processes(trainer, settings)
-    trainer.precision_plugin.convert_module(module)
-    trainer.fit(module, datamodule=blocks)
+    trial, trainer = tried(settings, model, train, valid)
     if trainer.is_global_zero:
         parameters, weights = model.num_parameters(), 4 * model.num_parameters()
         print(plan_line(settings, parameters, train, trial.planned))
@@ -61,6 +57,31 @@ def main() -> None:
         print(f"disk      {disk(trial, weights, trunks)}", flush=True)
         for line in odd_choices(settings, model.config, parameters, train, trial.planned):
             print(f"note: {line}", file=sys.stderr)
+    if may_compile(settings, trainer, seconds(trial, trainer)):
+        group = settings.model.model_copy(update={"compile": True})
+        compiled, trainer = tried(settings.model_copy(update={"model": group}), model, train, valid)
+        if seconds(compiled, trainer) < seconds(trial, trainer):
+            print(f"note: model.compile: true would take {minutes(compiled, trainer)}: set it", file=sys.stderr)
+
+
+def tried(settings: Settings, model: GPT2LMHeadModel, train: Split, valid: Split) -> tuple["Trial", Trainer]:
+    """Some steps of a training, and a validation."""
+    # Without the users' callbacks: they may write files, or end it sooner.
+    settings = with_trainer(settings, callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
+    trial, blocks, module = Trial(), Blocks(train, valid, settings), module_of(model, settings)
+    trainer = make_trainer(settings, BestWeights(), [History(), trial])
+    check_processes(trainer, settings)
+    trainer.precision_plugin.convert_module(module)
+    trainer.fit(module, datamodule=blocks)
+    return trial, trainer
+
+
+def may_compile(settings: Settings, trainer: Trainer, seconds: float) -> bool:
+    """Whether so long a training could gain by it, and it works here: only then is it worth a trial."""
+    kind = trainer.strategy.root_device.type
+    compiler = kind == "cuda" or shutil.which("g++") is not None
+    asked = settings.model.compile or trainer.world_size > 1
+    return compiler and not asked and SAVED.get(kind, 0.0) * seconds > COMPILING
 
 
 class Trial(Callback):
@@ -99,13 +120,31 @@ def now(trainer: Trainer) -> float:
 
 
 def minutes(trial: Trial, trainer: Trainer) -> str:
-    marks, warm = trial.marks, min(WARM, len(trial.marks) - 2)
-    step = (marks[-1] - marks[warm]) / (len(marks) - 1 - warm)
+    step, (validations, each) = step_seconds(trial), validating(trial, trainer)
+    steps = f"{trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
+    return f"{seconds(trial, trainer) / 60:,.2f}: {steps}"
+
+
+def seconds(trial: Trial, trainer: Trainer) -> float:
+    """What the whole training takes, with its first, slower steps."""
+    warm, (validations, each) = warm_steps(trial), validating(trial, trainer)
+    return trial.marks[warm] - trial.marks[0] + (trial.planned - warm) * step_seconds(trial) + validations * each
+
+
+def warm_steps(trial: Trial) -> int:
+    return min(WARM, len(trial.marks) - 2)
+
+
+def step_seconds(trial: Trial) -> float:
+    marks, warm = trial.marks, warm_steps(trial)
+    return (marks[-1] - marks[warm]) / (len(marks) - 1 - warm)
+
+
+def validating(trial: Trial, trainer: Trainer) -> tuple[int, float]:
+    """How often a training is validated, and the seconds of each time."""
     batches = trial.planned * trainer.accumulate_grad_batches / (trainer.check_val_every_n_epoch or 1)
     each = trial.validation * max(1, trainer.datamodule.valid_batches / VALIDATED)
-    validations = math.ceil(batches / trainer.val_check_batch) if each and math.isfinite(batches) else 0
-    seconds = marks[warm] - marks[0] + (trial.planned - warm) * step + validations * each
-    return f"{seconds / 60:,.2f}: {trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
+    return math.ceil(batches / trainer.val_check_batch) if each and math.isfinite(batches) else 0, each
 
 
 def memory(trial: Trial, trainer: Trainer, weights: int, libraries: int) -> str:

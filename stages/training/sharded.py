@@ -40,6 +40,7 @@ class ShardedModel(LanguageModel):
             register_fsdp_forward_method(self, name)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
         self.set_requires_gradient_sync(internals.steps_after(self.trainer, batch_idx))
 
 

@@ -1,6 +1,7 @@
 """The plan against what the training then did."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 from tools import plan
@@ -47,6 +48,27 @@ def test_a_training_shorter_than_the_trial(built):
     status, out, err = run_stage(built, "tools.plan", "--trainer.max_epochs", "null", "--trainer.max_steps", "1")
     assert status == 0, err
     assert re.search(r"^minutes +0\.\d+: 1 steps of ", out, re.M)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiling_is_tried_where_it_may_pay(built, monkeypatch):
+    tried, takes, compiled = plan.tried, {False: 51.0, True: 48.0}, []
+
+    def recorded(settings, *rest):
+        trial, trainer = tried(settings, *rest)
+        compiled.append(settings.model.compile)
+        trial.compiled = settings.model.compile
+        return trial, trainer
+
+    monkeypatch.setattr(plan, "tried", recorded)
+    monkeypatch.setattr(plan, "seconds", lambda trial, trainer: takes[trial.compiled])
+    cases = [({}, [False, True], True), ({True: 52.0}, [False, True], False), ({False: 49.9}, [False], False)]
+    for changes, tries, says in cases:
+        compiled.clear()
+        takes |= changes
+        status, out, err = run_stage(built, "tools.plan")
+        assert (status, compiled, "note: model.compile: true would take 0.80: " in err) == (0, tries, says), err
+        assert re.search(r"^minutes +0\.8[35]: ", out, re.M)
 
 
 @pytest.mark.parametrize(
