@@ -138,7 +138,11 @@ class Gelu(torch.autograd.Function):
         factor = torch.tensor(GELU_1, dtype=wide)
         for part, y_part in zip(x.flatten().split(GELU_PIECE), y.view(-1).split(GELU_PIECE), strict=True):
             part = part.to(wide)
-            y_part.copy_(torch.addcmul(factor, part, part, value=GELU_3).mul_(part).sigmoid_().mul_(part))
+            sigmoid = torch.addcmul(factor, part, part, value=GELU_3).mul_(part).sigmoid_()
+            if y.dtype == wide:
+                torch.mul(sigmoid, part, out=y_part)
+            else:  # a product with an output of another dtype takes several times as long
+                y_part.copy_(sigmoid.mul_(part))
         return y
 
     @staticmethod

@@ -55,12 +55,11 @@ class Live(Callback):
         self.losses, self.batches, self.valid, self.since = 0.0, 0, "", time.monotonic()
         if trainer.is_global_zero:
             # A resumed run starts DVCLive's files anew: what they got after its checkpoint comes again.
+            names = {"loss": "train_loss", "lr": "lr", "grad_norm": "grad_norm"}
+            rows = [(row["step"], {name: row[key] for name, key in names.items()}) for row in self.history.train]
+            rows += [(row["step"], valid_metrics(row["valid_loss"])) for row in self.history.valid]
             for logger in (each for each in trainer.loggers if isinstance(each, LiveLogger)):
-                for row in self.history.train:
-                    metrics = {"loss": row["train_loss"], "lr": row["lr"], "grad_norm": row["grad_norm"]}
-                    logger.log_metrics(metrics, row["step"])
-                for row in self.history.valid:
-                    logger.log_metrics(valid_metrics(row["valid_loss"]), row["step"])
+                logger.log_all(rows)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LanguageModel, outputs: Any, batch: Tensor, batch_idx: int
@@ -148,11 +147,16 @@ class LiveLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self.live is None:
+        self.log_all([(step, metrics)])
+
+    def log_all(self, rows: list[tuple[int | None, dict[str, float]]]) -> None:
+        """Figures by their steps; the summary, of the last ones, is written once."""
+        if not rows or self.live is None:
             return
-        self.live.step = step
-        for name, value in metrics.items():
-            self.live.log_metric(name, value)
+        for step, metrics in rows:
+            self.live.step = step
+            for name, value in metrics.items():
+                self.live.log_metric(name, value)
         self.live.make_summary()
         if not (LIVE / "dvc.yaml").exists():
             write_text(LIVE / "dvc.yaml", LIVE_DVC_YAML)
