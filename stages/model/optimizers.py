@@ -222,12 +222,10 @@ def orthogonal(x: Tensor) -> Tensor:
     gram = x @ x.mT
     # The Schatten 4-norm: at least the largest singular value, and nearer to it than the Frobenius norm.
     norm = torch.linalg.matrix_norm(gram, dtype=torch.float32, keepdim=True).clamp(min=1e-14).sqrt()
-    gram = gram / norm.square().to(x.dtype)
+    x, gram = x / norm.to(x.dtype), gram / norm.square().to(x.dtype)
     for i in range(5):
         gram = x @ x.mT if i else gram
-        factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        factor.diagonal(dim1=-2, dim2=-1).add_(3.4445)  # a pass over x less than to add it to the product
-        x = (factor if i else factor / norm.to(x.dtype)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x
 
 
