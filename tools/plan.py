@@ -57,10 +57,11 @@ def main() -> None:
         print(f"disk      {disk(trial, weights, trunks)}", flush=True)
         for line in odd_choices(settings, model.config, parameters, train, trial.planned):
             print(f"note: {line}", file=sys.stderr)
-    if may_compile(settings, trainer, seconds(trial, trainer)):
+    planned = seconds(trial, trainer)
+    if may_compile(settings, trainer, planned):
         group = settings.model.model_copy(update={"compile": True})
         compiled, trainer = tried(settings.model_copy(update={"model": group}), model, train, valid)
-        if seconds(compiled, trainer) < seconds(trial, trainer):
+        if seconds(compiled, trainer) < planned:
             print(f"note: model.compile: true would take {minutes(compiled, trainer)}: set it", file=sys.stderr)
 
 
@@ -76,12 +77,12 @@ def tried(settings: Settings, model: GPT2LMHeadModel, train: Split, valid: Split
     return trial, trainer
 
 
-def may_compile(settings: Settings, trainer: Trainer, seconds: float) -> bool:
+def may_compile(settings: Settings, trainer: Trainer, planned: float) -> bool:
     """Whether so long a training could gain by it, and it works here: only then is it worth a trial."""
     kind = trainer.strategy.root_device.type
     compiler = kind == "cuda" or shutil.which("g++") is not None
     asked = settings.model.compile or trainer.world_size > 1
-    return compiler and not asked and SAVED.get(kind, 0.0) * seconds > COMPILING
+    return compiler and not asked and SAVED.get(kind, 0.0) * planned > COMPILING
 
 
 class Trial(Callback):

@@ -183,7 +183,7 @@ def oldest_recipes(more: list[str], workspace: bytes | None) -> dict[str, str]:
     what = ["--format=%H", "--date-order", "--reverse", "HEAD", "--branches", "--stdin", "--", FILES["lock"]]
     revisions = git("log", *what, stdin="\n".join(more).encode()).decode().split()
     locks = [files["lock"] for files in read_files(revisions, {"lock": FILES["lock"]})]
-    first: dict[str | None, str] = {}
+    first: dict[str, str] = {}
     older: dict[str, str] = {}
 
     def oldest(recipe: str) -> str:
