@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.compact_gpt import CompactGPT, make_optimizer
 from benchmarks.turns import Turns
 from stages import train_tokenizer
+from stages.common.devices import autocast
 from stages.common.params import load
 from stages.model import gpt2, ops, scoring
 from stages.model.optimizers import lr_factor
@@ -131,8 +132,11 @@ def compact_loop(settings, compiled: bool) -> Iterator[Tensor]:
     )
 
 
-def nanogpt(settings) -> None:
-    """train.py of a checkout of nanoGPT that the environment variable NANOGPT names, as it is: it clips once a step."""
+def nanogpt(settings, bias: bool) -> None:
+    """train.py of a checkout of nanoGPT that the environment variable NANOGPT names, as it is: it clips once a step.
+
+    By default its model has no biases, which GPT-2 and all other contenders have.
+    """
     split, shape, checkout = load_split("train"), settings.model, Path(os.environ["NANOGPT"])
     data = Path("data/nanogpt")
     data.mkdir()
@@ -146,7 +150,7 @@ def nanogpt(settings) -> None:
         **{"dataset": "nanogpt", "batch_size": settings.optimizer.batch_size, "gradient_accumulation_steps": 1},
         **{"eval_iters": 1, "eval_interval": 10**9, "compile": False, "device": DEVICE.type, "max_iters": 10**9},
         **{"dtype": "bfloat16" if bf16 else "float32", "log_interval": settings.runtime.log_every_n_steps},
-        **{"learning_rate": settings.optimizer.lr, "beta2": settings.optimizer.betas[1]},
+        **{"bias": bias, "learning_rate": settings.optimizer.lr, "beta2": settings.optimizer.betas[1]},
     }
     turns, clip = Turns(), torch.nn.utils.clip_grad_norm_
     torch.nn.utils.clip_grad_norm_ = lambda *arguments: (turns.next_step(), clip(*arguments))[1]
@@ -202,21 +206,22 @@ def plain_curve(settings) -> None:
 
 
 def evaluate_stage(settings) -> None:
-    """The evaluate stage's figures of a split, with a turn's end between two batches."""
+    """The evaluate stage's losses of a split, again and again, with a turn's end between two batches."""
     ops.reuse_memory()
     turns, losses = Turns(), scoring.token_losses
 
     def in_turns(*arguments):
-        batches = (batch for _ in count() for batch in losses(*arguments))  # it must not end before the last round
-        while True:
+        for batch in losses(*arguments):
             turns.next_step()
-            yield next(batches)
+            yield batch
 
     scoring.token_losses = in_turns
     split = load_split("train")
     model = gpt2.new_model(settings.model, split.vocab_size, 0).to(DEVICE).eval()
+    model.config.precision = settings.trainer.precision
     how = settings.evaluate.model_copy(update={"batch_size": settings.optimizer.batch_size})
-    scoring.figures_of(model, split, how)
+    while True:
+        scoring.losses_of(model, split, settings.model.block_size, how)
 
 
 def generate_samples(settings) -> None:
@@ -232,7 +237,8 @@ def forward_loop(settings, compiled: bool) -> None:
     """The logits of `transformers`, and nothing computed from them."""
     model = transformers_model(settings).eval()
     forward = torch.compile(model) if compiled else model
-    take_turns(forward(batch[:, :-1], use_cache=False).logits for batch in batches(settings))
+    with autocast(DEVICE, settings.trainer.precision):
+        take_turns(forward(batch[:, :-1], use_cache=False).logits for batch in batches(settings))
 
 
 # Tokenizing
@@ -315,7 +321,8 @@ CONTENDERS = {
     "own_step": lambda settings: take_turns(own_steps(settings)),
     "transformers_eager": lambda settings: take_turns(transformers_loop(settings, compiled=False)),
     "transformers_compiled": lambda settings: take_turns(transformers_loop(settings, compiled=True)),
-    "nanogpt": nanogpt,
+    "nanogpt": lambda settings: nanogpt(settings, bias=False),
+    "nanogpt_with_biases": lambda settings: nanogpt(settings, bias=True),
     "transformers_trainer": transformers_trainer,
     "compact_eager": lambda settings: take_turns(compact_loop(settings, compiled=False)),
     "compact_compiled": lambda settings: take_turns(compact_loop(settings, compiled=True)),

@@ -58,6 +58,7 @@ SHAPES = {
     "default-compiled": {"model.compile": True},
     "byte": SMALL,
     "byte-compiled": SMALL | {"model.compile": True},
+    "byte-bf16": SMALL | {"trainer.precision": "bf16-mixed"},
     "wide": WIDE,
     "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed", "model.compile": True},
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
@@ -69,6 +70,7 @@ Shape = Literal[
     "default-compiled",
     "byte",
     "byte-compiled",
+    "byte-bf16",
     "wide",
     "wide-bf16",
     "gpt2",
@@ -92,7 +94,7 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
             print(f"training, {shape}:", flush=True)
             stage = train_stage("train stage", folder, params)
             names = ["transformers_eager", "transformers_compiled", "compact_eager", "compact_compiled"]
-            names += ["nanogpt"] if "NANOGPT" in os.environ else []
+            names += ["nanogpt", "nanogpt_with_biases"] if "NANOGPT" in os.environ else []
             bare = [contender(name, folder) for name in ("own_step", *names, "transformers_trainer")]
             products = [contender("matrix_product", folder)]
             if not CUDA and params["trainer"]["precision"] == "32-true":
@@ -270,7 +272,7 @@ def evaluation(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0
     """Tokens per second of the evaluate stage's scoring beside a bare forward loop.
 
     Args:
-        shapes: which shapes; always in float32, as the evaluate stage computes.
+        shapes: which shapes; both compute in the precision of the training.
         rounds: turns of each contender.
         seconds: length of a turn.
     """

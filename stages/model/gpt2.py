@@ -5,6 +5,7 @@ and never all the logits at once. They compute what `GPT2LMHeadModel.forward` do
 the same weights; a test holds the two against each other.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,12 +253,12 @@ def attention(attn: GPT2Attention, x: Tensor, cache: Cache | None = None, layer:
 
 def mlp(mlp: GPT2MLP, x: Tensor) -> Tensor:
     """The two layers between attentions: (B, T, n_embd) to the same shape."""
-    x = conv1d(mlp.c_fc, x)
     # gelu_new is this very function, in one kernel instead of eight.
-    x = ops.gelu(x) if isinstance(mlp.act, NewGELUActivation) else mlp.act(x)
+    known = isinstance(mlp.act, NewGELUActivation)
+    x = conv1d(mlp.c_fc, x, ops.linear_gelu) if known else mlp.act(conv1d(mlp.c_fc, x))
     return F.dropout(conv1d(mlp.c_proj, x), mlp.dropout.p, mlp.training)
 
 
-def conv1d(layer: Conv1D, x: Tensor) -> Tensor:
+def conv1d(layer: Conv1D, x: Tensor, linear: Callable[..., Tensor] = ops.linear) -> Tensor:
     """GPT-2 keeps its weights as (in, out), the transpose of torch's Linear."""
-    return ops.linear(x.reshape(-1, x.shape[-1]), layer.weight.t(), layer.bias).view(*x.shape[:-1], -1)
+    return linear(x.reshape(-1, x.shape[-1]), layer.weight.t(), layer.bias).view(*x.shape[:-1], -1)

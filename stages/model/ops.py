@@ -18,6 +18,8 @@ ONEDNN = (
     torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and not INTEL
 )
 
+AMX = torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
 # Logits are made for so many bytes' worth of tokens at a time: a piece that fits the cache is read and
 # written several times without going to memory. On a GPU pieces only keep the peak memory low.
 LOGITS_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}
@@ -78,7 +80,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear of (N, in) rows with (out, in) weights, with a gradient: (N, out)."""
     if uses_onednn(x):
         return OneDNNLinear.apply(x, weight, bias)
+    if bias is not None and uses_tiles(x):
+        return _on_tiles(x, weight, bias, "none", "")
     return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(linear(x, weight, bias)), with a gradient: (N, out)."""
+    if uses_tiles(x):
+        return _on_tiles(x, weight, bias, "gelu", "tanh")
+    return gelu(linear(x, weight, bias))
+
+
+def uses_tiles(x: Tensor) -> bool:
+    # Where a gradient is wanted, what GELU was made of is kept, and to make it a second time gains nothing.
+    bf16 = (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
+    return AMX and x.device.type == "cpu" and bf16 and not torch.is_grad_enabled()
+
+
+def _on_tiles(x: Tensor, weight: Tensor, bias: Tensor, unary: str, algorithm: str) -> Tensor:
+    """Adds the bias, and makes GELU, while a product is in the registers."""
+    return torch.ops.mkldnn._linear_pointwise(autocast(x), autocast(weight), autocast(bias), unary, [], algorithm)
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -116,8 +138,8 @@ def gelu(x: Tensor) -> Tensor:
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), which a CPU computes several times as fast.
     """
-    if x.device.type != "cpu":
-        return F.gelu(x, approximate="tanh")
+    if x.device.type != "cpu" or INTEL and x.numel() <= 2 * GELU_PIECE and not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")  # of few elements, one call takes less on Intel's
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(wide * (GELU_1 + GELU_3 * wide.square()))).to(x.dtype)

@@ -5,6 +5,7 @@ Each holds SHARD_TOKENS ids and the last one the rest, so most streams are one f
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -36,7 +37,7 @@ class TokenFiles:
             end = self.edges[-1] + len(ids) if ids.ndim == 1 else 0
             if ids.dtype != dtype or not self.edges[-1] < end <= count:
                 raise ValueError(f"{file.name}, {ids.dtype} {ids.shape}, is not what its .json files say")
-            self.files.append(ids)
+            self.files.append(np.asarray(ids))  # a memmap takes several times as long to take a slice of
             self.edges = np.append(self.edges, end)
         self.read = None
 
@@ -45,7 +46,7 @@ class TokenFiles:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         start, stop, _ = where.indices(len(self))
-        first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
+        first, last = (bisect_right(self.edges, i) - 1 for i in (start, stop - 1))
         if first != self.read and start < stop:
             self.fetch(first)
         pieces = [self.files[i][max(0, start - self.edges[i]) : stop - self.edges[i]] for i in range(first, last + 1)]

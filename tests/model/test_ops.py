@@ -41,6 +41,31 @@ def test_linear(either_library, rows, inputs, outputs, transposed):
         assert relative_error(ours.grad, theirs.grad) < 1e-6
 
 
+BF16_IN_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("under_autocast", [True, False])
+@pytest.mark.parametrize("amx", [pytest.param(True, marks=pytest.mark.skipif(not BF16_IN_ONEDNN, reason="CPU")), False])
+def test_linear_and_gelu_of_bf16(monkeypatch, amx, under_autocast):
+    """With and without a gradient, as GPT-2 keeps its weights, and where the products are large."""
+    monkeypatch.setattr(ops, "AMX", amx)
+    generator = torch.Generator().manual_seed(1)
+    x, bias = torch.randn(70, 24, generator=generator), torch.randn(40, generator=generator)
+    weight = torch.randn(24, 40, generator=generator).t()
+    x[:5] *= torch.tensor([[1e2], [1e4], [1e10], [torch.inf], [torch.nan]])
+    arguments = [
+        tensor.bfloat16().to(torch.float32 if under_autocast else torch.bfloat16) for tensor in (x, weight, bias)
+    ]
+    exact = F.linear(*(tensor.double() for tensor in arguments))
+    for operation, expected in ((ops.linear, exact), (ops.linear_gelu, F.gelu(exact, approximate="tanh"))):
+        for grad in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=under_autocast), torch.set_grad_enabled(grad):
+                measured = operation(*arguments)
+            assert measured.dtype == torch.bfloat16
+            torch.testing.assert_close(measured.double(), expected, rtol=1e-2, atol=2e-2, equal_nan=True)
+            assert relative_error(measured[5:], expected[5:]) < 3e-3
+
+
 @pytest.mark.parametrize(("pieces", "size"), [(1, 1), (3, 1), (50, 1), (3, 100)])
 @pytest.mark.parametrize("as_on", ["cpu", "gpu"])
 def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch, pieces, size, as_on):
