@@ -138,7 +138,7 @@ def nanogpt(settings, bias: bool) -> None:
     By default its model has no biases, which GPT-2 and all other contenders have.
     """
     split, shape, checkout = load_split("train"), settings.model, Path(os.environ["NANOGPT"])
-    data = Path("data/nanogpt")
+    data = Path(f"data/nanogpt-{bias}")
     data.mkdir()
     for name in ("train", "val"):
         split.tokens[:].astype(np.uint16).tofile(data / f"{name}.bin")
@@ -147,7 +147,7 @@ def nanogpt(settings, bias: bool) -> None:
     bf16 = settings.trainer.precision == "bf16-mixed"
     given = {
         **{name: getattr(shape, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")},
-        **{"dataset": "nanogpt", "batch_size": settings.optimizer.batch_size, "gradient_accumulation_steps": 1},
+        **{"dataset": data.name, "batch_size": settings.optimizer.batch_size, "gradient_accumulation_steps": 1},
         **{"eval_iters": 1, "eval_interval": 10**9, "compile": False, "device": DEVICE.type, "max_iters": 10**9},
         **{"dtype": "bfloat16" if bf16 else "float32", "log_interval": settings.runtime.log_every_n_steps},
         **{"bias": bias, "learning_rate": settings.optimizer.lr, "beta2": settings.optimizer.betas[1]},
