@@ -491,8 +491,8 @@ SHAKESPEARE = {
     "optimizer.batch_size": 24,
     "optimizer.num_warmup_steps": 10,
     "trainer.max_epochs": None,
-    "trainer.max_steps": 100,
-    "trainer.val_check_interval": 100,
+    "trainer.max_steps": 85,
+    "trainer.val_check_interval": 85,
     "trainer.check_val_every_n_epoch": None,
 }
 
