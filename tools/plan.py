@@ -62,7 +62,8 @@ def main() -> None:
         group = settings.model.model_copy(update={"compile": True})
         compiled, trainer = tried(settings.model_copy(update={"model": group}), model, train, valid)
         if seconds(compiled, trainer) < planned:
-            print(f"note: model.compile: true would take {minutes(compiled, trainer)}: set it", file=sys.stderr)
+            said = minutes(compiled, trainer).replace(":", " minutes:", 1)
+            print(f"note: model.compile: true would take {said}: set it", file=sys.stderr)
 
 
 def tried(settings: Settings, model: GPT2LMHeadModel, train: Split, valid: Split) -> tuple["Trial", Trainer]:

@@ -67,7 +67,7 @@ def test_compiling_is_tried_where_it_may_pay(built, monkeypatch):
         compiled.clear()
         takes |= changes
         status, out, err = run_stage(built, "tools.plan")
-        assert (status, compiled, "note: model.compile: true would take 0.80: " in err) == (0, tries, says), err
+        assert (status, compiled, "note: model.compile: true would take 0.80 minutes: " in err) == (0, tries, says), err
         assert re.search(r"^minutes +0\.8[35]: ", out, re.M)
 
 
