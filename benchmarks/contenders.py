@@ -63,10 +63,9 @@ def batches(settings) -> Iterator[Tensor]:
 
 def loop(settings, model: torch.nn.Module, loss_of: Callable[[Tensor], Tensor], optimizer, schedule=None) -> Iterator:
     """A bare training loop, one step at a time."""
-    bf16 = settings.trainer.precision == "bf16-mixed"
     parameters = list(model.parameters())
     for batch in batches(settings):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+        with autocast(DEVICE, settings.trainer.precision):
             loss = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.trainer.gradient_clip_val)

@@ -62,7 +62,7 @@ def main() -> None:
         group = settings.model.model_copy(update={"compile": True})
         compiled, trainer = tried(settings.model_copy(update={"model": group}), model, train, valid)
         if seconds(compiled, trainer) < planned:
-            said = minutes(compiled, trainer).replace(":", " minutes:", 1)
+            said = minutes(compiled, trainer, unit=" minutes")
             print(f"note: model.compile: true would take {said}: set it", file=sys.stderr)
 
 
@@ -121,10 +121,10 @@ def now(trainer: Trainer) -> float:
     return time.perf_counter()
 
 
-def minutes(trial: Trial, trainer: Trainer) -> str:
+def minutes(trial: Trial, trainer: Trainer, unit: str = "") -> str:
     step, (validations, each) = step_seconds(trial), validating(trial, trainer)
     steps = f"{trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
-    return f"{seconds(trial, trainer) / 60:,.2f}: {steps}"
+    return f"{seconds(trial, trainer) / 60:,.2f}{unit}: {steps}"
 
 
 def seconds(trial: Trial, trainer: Trainer) -> float:

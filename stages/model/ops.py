@@ -59,8 +59,8 @@ def reuse_memory() -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, unary: str = "none", algorithm: str = "") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, unary, [], algorithm)
 
 
 # torch.compile takes it only under a name of our own: its rule for the original wants constant weights.
@@ -81,26 +81,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if uses_onednn(x):
         return OneDNNLinear.apply(x, weight, bias)
     if bias is not None and uses_tiles(x):
-        return _on_tiles(x, weight, bias, "none", "")
+        return _onednn_linear(autocast(x), autocast(weight), autocast(bias))
     return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """gelu(linear(x, weight, bias)), with a gradient: (N, out)."""
     if uses_tiles(x):
-        return _on_tiles(x, weight, bias, "gelu", "tanh")
+        return _onednn_linear(autocast(x), autocast(weight), autocast(bias), "gelu", "tanh")
     return gelu(linear(x, weight, bias))
 
 
 def uses_tiles(x: Tensor) -> bool:
+    """Whether bias and GELU are best made while a product is in AMX's registers."""
     # Where a gradient is wanted, what GELU was made of is kept, and to make it a second time gains nothing.
-    bf16 = (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype) == torch.bfloat16
-    return AMX and x.device.type == "cpu" and bf16 and not torch.is_grad_enabled()
-
-
-def _on_tiles(x: Tensor, weight: Tensor, bias: Tensor, unary: str, algorithm: str) -> Tensor:
-    """Adds the bias, and makes GELU, while a product is in the registers."""
-    return torch.ops.mkldnn._linear_pointwise(autocast(x), autocast(weight), autocast(bias), unary, [], algorithm)
+    return AMX and x.device.type == "cpu" and autocast_dtype(x) == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -138,11 +133,13 @@ def gelu(x: Tensor) -> Tensor:
 
     (1 + tanh(u)) / 2 is sigmoid(2 u), which a CPU computes several times as fast.
     """
-    if x.device.type != "cpu" or INTEL and x.numel() <= 2 * GELU_PIECE and not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")  # of few elements, one call takes less on Intel's
+    if x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
     if torch.compiler.is_compiling():
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return (wide * torch.sigmoid(wide * (GELU_1 + GELU_3 * wide.square()))).to(x.dtype)
+    if INTEL and x.numel() <= 2 * GELU_PIECE:  # of few elements, one call takes less there
+        return F.gelu(x, approximate="tanh")
     return Gelu.apply(x)
 
 
@@ -280,8 +277,12 @@ def cached(logits: Tensor) -> int:
 
 def autocast(x: Tensor) -> Tensor:
     """What autocast would make of it for every piece anew."""
+    return x.to(autocast_dtype(x))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def pieces(x: Tensor, weight: Tensor) -> list[slice]:
