@@ -4,6 +4,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from stages.model import gpt2, ops, optimizers
@@ -155,6 +156,33 @@ def test_memory_of_a_step_is_there_for_the_next():
         int(subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT)) for words in ([], ["reuse"])
     )
     assert with_it < without / 10
+
+
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
+    reason="this system has no large pages to give",
+)
+def test_memory_comes_in_large_pages():
+    """256 MiB are 65,536 pages of 4 KiB, which the system makes one by one."""
+    program = """if True:
+        import resource, sys, torch
+        from stages.model import ops
+        if sys.argv[1:]:
+            ops.reuse_memory()
+        used = [resource.getrusage(resource.RUSAGE_SELF)]
+        kept = [torch.empty(1 << 22).zero_() for _ in range(16)]
+        used.append(resource.getrusage(resource.RUSAGE_SELF))
+        print(used[1].ru_minflt - used[0].ru_minflt, used[1].ru_maxrss - used[0].ru_maxrss)
+    """
+    without, with_it = (
+        [int(word) for word in subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT).split()]
+        for words in ([], ["reuse"])
+    )
+    assert with_it[0] < without[0] / 10
+    assert with_it[1] < without[1] + 2**14  # KiB: the 4 GiB that are asked for are not used
 
 
 @pytest.mark.gpu
