@@ -6,7 +6,9 @@ They compute what torch.nn.functional computes; tests hold them against it.
 import ctypes
 import math
 import mmap
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +63,13 @@ def reuse_memory() -> None:
 def ask_for_large_pages(libc: ctypes.CDLL) -> None:
     """Has Linux, where it may, give 2 MiB and not 4 KiB at a time of the next 4 GiB that this process uses.
 
-    So a processor seldom has to look an address up: 2 to 6 % of a step. Nothing is used by asking.
+    So a processor seldom has to look an address up: 2 to 6 % of a step. Nothing is used by asking, but where
+    addresses themselves are limited it would take them from others.
     """
+    limits = [resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    strict = OVERCOMMIT.exists() and OVERCOMMIT.read_text().strip() == "2"
+    if strict or any(limit != resource.RLIM_INFINITY for limit in limits):
+        return
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     pieces = [libc.malloc(1 << 29) for _ in range(8)]
     end = libc.sbrk(0)
@@ -76,6 +83,7 @@ def ask_for_large_pages(libc: ctypes.CDLL) -> None:
 
 # malloc.h, sys/mman.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE, PAGE = -1, -3, 14, mmap.PAGESIZE
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: address space has to be there as memory
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, unary: str = "none", algorithm: str = "") -> Tensor:

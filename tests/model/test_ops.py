@@ -185,6 +185,23 @@ def test_memory_comes_in_large_pages():
     assert with_it[1] < without[1] + 2**14  # KiB: the 4 GiB that are asked for are not used
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+@pytest.mark.parametrize(("limit", "counted"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_limited_addresses_are_left_to_others(limit, counted):
+    """Of 3 GiB that a limit leaves, 2 are there for a thread's stack or a library."""
+    program = """if True:
+        import mmap, resource, sys, torch
+        from stages.model import ops
+        limit, counted = getattr(resource, sys.argv[1]), sys.argv[2]
+        used = 1024 * int(open("/proc/self/status").read().split(counted + ":")[1].split()[0])
+        resource.setrlimit(limit, (used + (3 << 30), resource.getrlimit(limit)[1]))
+        ops.reuse_memory()
+        mmap.mmap(-1, 2 << 30, flags=mmap.MAP_PRIVATE)
+    """
+    subprocess.run([sys.executable, "-c", program, limit, counted], cwd=ROOT, check=True)
+
+
 @pytest.mark.gpu
 def test_an_ordinary_step_never_waits_for_the_gpu():
     settings = SimpleNamespace(block_size=64, n_layer=2, n_head=2, n_embd=64, dropout=0.1)
