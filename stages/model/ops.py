@@ -5,7 +5,6 @@ They compute what torch.nn.functional computes; tests hold them against it.
 
 import ctypes
 import math
-import mmap
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,14 +74,14 @@ def ask_for_large_pages(libc: ctypes.CDLL) -> None:
     end = libc.sbrk(0)
     heap = [piece for piece in pieces if piece and piece < end]  # the others are elsewhere
     if heap:
-        start = min(heap) // PAGE * PAGE
+        start = min(heap) // resource.getpagesize() * resource.getpagesize()
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_HUGEPAGE)
     for piece in pieces:
         libc.free(ctypes.c_void_p(piece))
 
 
 # malloc.h, sys/mman.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE, PAGE = -1, -3, 14, mmap.PAGESIZE
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14
 OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")  # 2: address space has to be there as memory
 
 
@@ -227,8 +226,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, weight, V = autocast(x), autocast(weight), len(weight)
         if filling := -V % VOCABULARY_MULTIPLE.get(x.device.type, 1):
             weight = F.pad(weight, (0, 0, 0, filling))
+        in_place = x.device.type in IN_PLACE
         for rows in pieces(x, weight):
-            in_place, piece = x.device.type in IN_PLACE, (x[rows], weight, targets[rows])
+            piece = x[rows], weight, targets[rows]
             loss, grad_logits = loss_and_gradient_in_place(*piece) if in_place else loss_and_gradient(*piece, V)
             total += loss
             grad_x[rows] = product(grad_logits, weight.t())

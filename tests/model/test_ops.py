@@ -137,7 +137,16 @@ def test_gelu_of_extremes():
     torch.testing.assert_close(ops.gelu(x), F.gelu(x, approximate="tanh"), equal_nan=True)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+NOT_GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+
+
+def without_and_with_reuse(program: str) -> list[list[int]]:
+    """The numbers that a program prints, which calls `ops.reuse_memory` when it has an argument."""
+    runs = [[sys.executable, "-c", program, *words] for words in ([], ["reuse"])]
+    return [[int(word) for word in subprocess.check_output(run, cwd=ROOT).split()] for run in runs]
+
+
+@NOT_GLIBC
 def test_memory_of_a_step_is_there_for_the_next():
     """Of 32 MiB, written 20 times, glibc alone has the system make every page anew each time."""
     program = """if True:
@@ -152,18 +161,16 @@ def test_memory_of_a_step_is_there_for_the_next():
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         print(faults[-1] - faults[9])
     """
-    without, with_it = (
-        int(subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT)) for words in ([], ["reuse"])
-    )
-    assert with_it < without / 10
+    without, with_it = without_and_with_reuse(program)
+    assert with_it[0] < without[0] / 10
 
 
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@NOT_GLIBC
 @pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc" or not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(),
-    reason="this system has no large pages to give",
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system has no large pages to give"
 )
 def test_memory_comes_in_large_pages():
     """256 MiB are 65,536 pages of 4 KiB, which the system makes one by one."""
@@ -177,15 +184,12 @@ def test_memory_comes_in_large_pages():
         used.append(resource.getrusage(resource.RUSAGE_SELF))
         print(used[1].ru_minflt - used[0].ru_minflt, used[1].ru_maxrss - used[0].ru_maxrss)
     """
-    without, with_it = (
-        [int(word) for word in subprocess.check_output([sys.executable, "-c", program, *words], cwd=ROOT).split()]
-        for words in ([], ["reuse"])
-    )
+    without, with_it = without_and_with_reuse(program)
     assert with_it[0] < 65_536 / 4
     assert with_it[1] < without[1] + 2**14  # KiB: the 4 GiB that are asked for are not used
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+@NOT_GLIBC
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
 @pytest.mark.parametrize(("limit", "counted"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
 def test_limited_addresses_are_left_to_others(limit, counted):
