@@ -131,13 +131,13 @@ def compact_loop(settings, compiled: bool) -> Iterator[Tensor]:
     )
 
 
-def nanogpt(settings, bias: bool) -> None:
+def nanogpt(settings, bias: bool = False, compiled: bool = False) -> None:
     """train.py of a checkout of nanoGPT that the environment variable NANOGPT names, as it is: it clips once a step.
 
     By default its model has no biases, which GPT-2 and all other contenders have.
     """
     split, shape, checkout = load_split("train"), settings.model, Path(os.environ["NANOGPT"])
-    data = Path(f"data/nanogpt-{bias}")
+    data = Path(f"data/nanogpt-{bias}-{compiled}")
     data.mkdir()
     for name in ("train", "val"):
         split.tokens[:].astype(np.uint16).tofile(data / f"{name}.bin")
@@ -147,7 +147,7 @@ def nanogpt(settings, bias: bool) -> None:
     given = {
         **{name: getattr(shape, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")},
         **{"dataset": data.name, "batch_size": settings.optimizer.batch_size, "gradient_accumulation_steps": 1},
-        **{"eval_iters": 1, "eval_interval": 10**9, "compile": False, "device": DEVICE.type, "max_iters": 10**9},
+        **{"eval_iters": 1, "eval_interval": 10**9, "compile": compiled, "device": DEVICE.type, "max_iters": 10**9},
         **{"dtype": "bfloat16" if bf16 else "float32", "log_interval": settings.runtime.log_every_n_steps},
         **{"bias": bias, "learning_rate": settings.optimizer.lr, "beta2": settings.optimizer.betas[1]},
     }
@@ -320,8 +320,9 @@ CONTENDERS = {
     "own_step": lambda settings: take_turns(own_steps(settings)),
     "transformers_eager": lambda settings: take_turns(transformers_loop(settings, compiled=False)),
     "transformers_compiled": lambda settings: take_turns(transformers_loop(settings, compiled=True)),
-    "nanogpt": lambda settings: nanogpt(settings, bias=False),
+    "nanogpt": nanogpt,
     "nanogpt_with_biases": lambda settings: nanogpt(settings, bias=True),
+    "nanogpt_compiled": lambda settings: nanogpt(settings, compiled=True),
     "transformers_trainer": transformers_trainer,
     "compact_eager": lambda settings: take_turns(compact_loop(settings, compiled=False)),
     "compact_compiled": lambda settings: take_turns(compact_loop(settings, compiled=True)),

@@ -35,6 +35,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each start of a stage woul
 
 BARS = ["bar", "median", "wanted", ""]
 FLOAT32 = {"trainer.precision": "32-true"}
+BF16 = {"trainer.precision": "bf16-mixed"}
 SMALL = FLOAT32 | {"tokenizer.algorithm": "byte", "model.block_size": 64, "optimizer.batch_size": 12}
 WIDE = FLOAT32 | {
     "tokenizer.vocab_size": 8192,
@@ -58,9 +59,10 @@ SHAPES = {
     "default-compiled": {"model.compile": True},
     "byte": SMALL,
     "byte-compiled": SMALL | {"model.compile": True},
-    "byte-bf16": SMALL | {"trainer.precision": "bf16-mixed"},
+    "byte-bf16": SMALL | BF16,
+    "byte-bf16-compiled": SMALL | BF16 | {"model.compile": True},
     "wide": WIDE,
-    "wide-bf16": WIDE | {"trainer.precision": "bf16-mixed", "model.compile": True},
+    "wide-bf16": WIDE | BF16 | {"model.compile": True},
     "gpt2": GPT2 | {"model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "optimizer.batch_size": 16},
     "gpt2-medium": GPT2 | {"model.n_layer": 24, "model.n_head": 16, "model.n_embd": 1024, "optimizer.batch_size": 8},
 }
@@ -71,6 +73,7 @@ Shape = Literal[
     "byte",
     "byte-compiled",
     "byte-bf16",
+    "byte-bf16-compiled",
     "wide",
     "wide-bf16",
     "gpt2",
@@ -94,7 +97,7 @@ def training(shapes: list[Shape] = HERE, rounds: int = 5, seconds: float = 3.0) 
             print(f"training, {shape}:", flush=True)
             stage = train_stage("train stage", folder, params)
             names = ["transformers_eager", "transformers_compiled", "compact_eager", "compact_compiled"]
-            names += ["nanogpt", "nanogpt_with_biases"] if "NANOGPT" in os.environ else []
+            names += ["nanogpt", "nanogpt_with_biases", "nanogpt_compiled"] if "NANOGPT" in os.environ else []
             bare = [contender(name, folder) for name in ("own_step", *names, "transformers_trainer")]
             products = [contender("matrix_product", folder)]
             if not CUDA and params["trainer"]["precision"] == "32-true":
