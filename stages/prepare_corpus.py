@@ -26,6 +26,8 @@ def main() -> None:
     for name, path in names.items():
         if os.path.exists(path):  # of a data set of the hub, DVC watches the name
             check_watched(f"data.{name}_file" if name in SPLITS else f"data.test_files.{name}", path)
+    if names["valid"] == names["test"] != names["train"]:
+        note(f"{names['test']} is the text of both valid and test: each has half of its documents")
     with new_folder(CORPUS) as folder:
         with written_splits(settings.data, folder, names, settings.runtime) as (dropped, hashes):
             figures = describe({name: Documents(name, folder) for name in names}, hashes, dropped, settings.runtime)
@@ -61,7 +63,6 @@ def describe(
     grams = Grams.of(words, size)
     seen = Seen(grams, grams.of_documents([splits[name] for name in held_out]))
     measured["train"] = measure_train(splits["train"], seen, repr(identities), runtime)
-    seen.seen = measured["train"].seen
     leakage = {}
     for name in held_out:
         total, found = np.hstack([seen.by_document(batch) for batch in splits[name].read()])

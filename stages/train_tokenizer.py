@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stages.common.commands import progress_bar
 from stages.common.errors import UserError, note, one_line, run
-from stages.common.files import new_folder
+from stages.common.files import check_states, new_folder, states_in
 from stages.common.memory import check_memory
 from stages.common.params import load
 from stages.common.paths import TOKENIZER
@@ -21,6 +21,7 @@ from stages.text.tokenizers import JsonTokenizer, existing
 
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_SPAN_BYTES = 1 << 20
@@ -55,14 +56,17 @@ SENTENCEPIECE = {
 
 def main() -> None:
     settings = load("stages.train_tokenizer", __doc__)
-    if settings.tokenizer.tokenizer_model is not None:
-        texts = (str(document[:SAMPLE_SPAN_BYTES], "utf-8", "ignore") for document in Documents("train").batch(0))
-        tokenizer, roles = existing("tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model, texts)
-    else:
-        tokenizer = JsonTokenizer(train(Documents("train"), settings.tokenizer), END_OF_TEXT, set())
-        roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    key, name = "tokenizer.tokenizer_model", settings.tokenizer.tokenizer_model
     with new_folder(TOKENIZER) as folder:
+        before = states_in(name)
+        if name is not None:
+            texts = (str(document[:SAMPLE_SPAN_BYTES], "utf-8", "ignore") for document in Documents("train").batch(0))
+            tokenizer, roles = existing(key, name, texts)
+        else:
+            tokenizer = JsonTokenizer(train(Documents("train"), settings.tokenizer), END_OF_TEXT, set())
+            roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         tokenizer.save(folder, roles)
+        check_states(key, name, before)
     print(f"{TOKENIZER}: {len(tokenizer.vocab):,} entries")
 
 
@@ -90,7 +94,7 @@ def train(text: Documents, settings: TokenizerSettings) -> Tokenizer:
         tokenizer.add_special_tokens(control)
     else:
         # Token id = byte value, end-of-text = 256, then special_tokens.
-        characters = {character: value for value, character in bytes_to_characters().items()}
+        characters = {character: value for value, character in bytes_to_unicode().items()}
         tokenizer = Tokenizer(models.BPE(vocab=characters, merges=[]))
         tokenizer.add_special_tokens(control)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, byte_level
@@ -101,14 +105,6 @@ def train(text: Documents, settings: TokenizerSettings) -> Tokenizer:
             f"fewer than tokenizer.vocab_size {settings.vocab_size:,}"
         )
     return tokenizer
-
-
-def bytes_to_characters() -> dict[int, str]:
-    """The character that stands for each byte in byte-level tokenizers: printable Latin-1 for
-    itself, the other bytes in order from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def sample(text: Documents, settings: TokenizerSettings) -> Iterator[list[str]]:

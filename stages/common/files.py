@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stages.common.errors import not_written
+from stages.common.errors import UserError, not_written
 
 
 @contextmanager
@@ -53,3 +53,24 @@ def write_text(target: str | Path, text: str) -> None:
 def write_json(target: str | Path, content: Any) -> None:
     """Writes a small file of figures in one step."""
     write_text(target, json.dumps(content, indent=2) + "\n")
+
+
+def state_of(path: str | Path) -> tuple[int, ...]:
+    """Size, times and number of a file: no write leaves all of them as they were.
+
+    The system alone sets the last time, so a copy that brings an old date along is noticed too. A hash of what was
+    read could say no more: it would have to be compared with that of a second reading.
+    """
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
+
+
+def states_in(folder: str | Path | None) -> dict[Path, tuple[int, ...]]:
+    """`state_of` each file in a folder; of no folder none."""
+    return {path: state_of(path) for path in Path(folder or os.devnull).rglob("*") if path.is_file()}
+
+
+def check_states(key: str, folder: str | Path | None, before: dict[Path, tuple[int, ...]]) -> None:
+    """Raises UserError when the folder that a setting names isn't what it was."""
+    if states_in(folder) != before:
+        raise UserError(f"{key}: {folder} changed while it was used: run it again")

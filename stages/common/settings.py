@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 BYTE_ALPHABET = 256
-SET_NAMES = ("train", "valid", "test", "meta")  # files of data/blocks have them
+SET_NAMES = ("train", "valid", "test", "meta", "bytes")  # files of data/blocks, columns of metrics/corpus.json
 MAX_INT = (1 << 62) - 1
 
 # A constraint, and the words that an error message and the docs have for it.
@@ -194,7 +194,7 @@ class Trainer(Group):
     sync_batchnorm: bool = about("GPT-2 has no batch norm", default=False)
 
     def mistakes(self) -> dict[str, Any]:
-        clip, batches = self.gradient_clip_val, self.accumulate_grad_batches
+        clip, batches, every = self.gradient_clip_val, self.accumulate_grad_batches, self.check_val_every_n_epoch
         endless = self.max_epochs in (None, -1) and self.max_steps == -1 and self.max_time is None
         ends = ("max_epochs", "max_steps", "limit_train_batches")
         return {
@@ -204,6 +204,13 @@ class Trainer(Group):
                 isinstance(self.logger, bool)
             ),
             **{f"trainer.{name}: 0 trains nothing: raise it": getattr(self, name) == 0 for name in ends},
+            "trainer.precision: 16-true: its rounding loses most of a step: set bf16-true or 16-mixed": (
+                self.precision == "16-true"
+            ),
+            "trainer.val_check_interval: 0: set trainer.limit_val_batches to 0 for no validation": (
+                self.val_check_interval == 0
+            ),
+            f"trainer.check_val_every_n_epoch: {every}: must be 1 or more, or null": every is not None and every < 1,
             f"trainer.gradient_clip_val: {clip}: must be 0 or more, or null": (clip or 0) < 0,
             f"trainer.accumulate_grad_batches: {batches}: must be 1 or more": batches < 1,
         }

@@ -103,9 +103,9 @@ class Documents:
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
-def split_names(folder: str | Path, ending: str) -> list[str]:
-    """train, valid, test, then the further test sets by name: those that have a file in a folder."""
-    found = {path.stem for path in Path(folder).glob(f"[!.]*.{ending}")}
+def split_names() -> list[str]:
+    """train, valid, test, then the further test sets by name: those that the corpus has."""
+    found = {path.stem for path in CORPUS.glob("[!.]*.arrow")}
     return [*(name for name in SPLITS if name in found), *sorted(found.difference(SPLITS))]
 
 
@@ -161,3 +161,10 @@ def batched(documents: Iterable[bytes | memoryview]) -> Iterator[list[bytes | me
 def equal_share(total: int, rank: int, size: int) -> range:
     """Those of `total` things in a row that are one's of `size`: as many as every other's."""
     return range(total * rank // size, total * (rank + 1) // size)
+
+
+def mixed(hashes: np.ndarray) -> np.ndarray:
+    """Spreads differences over all bits (https://prng.di.unimi.it/splitmix64.c)."""
+    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return hashes ^ (hashes >> np.uint64(31))

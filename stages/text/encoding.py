@@ -103,13 +103,12 @@ class Encoder:
 
     def encoded(self, parts: Iterator[tuple[str, bool]]) -> Iterator[tuple[list, np.ndarray, np.ndarray]]:
         """Batches of parts, their ids and where in these each part ends. The next batch is encoded meanwhile."""
-        batch, encoding = list(take(parts)), None
+        batch = list(take(parts))
         with ThreadPoolExecutor(1) as thread:
             while batch:
                 encoding = thread.submit(self.tokenizer.encode_batch, [text for text, _ in batch])
                 following = list(take(parts))
-                ids, ends = encoding.result()
-                yield batch, ids, ends
+                yield batch, *encoding.result()
                 batch = following
 
     def compare(self, batch: list[tuple[str, bool]], ids: np.ndarray, ends: np.ndarray, changed: bool) -> bool:

@@ -27,9 +27,8 @@ from typing import Any
 
 from stages.common.commands import progress_bar
 from stages.common.errors import UserError, one_line
-from stages.common.files import write_text
+from stages.common.files import state_of, write_text
 from stages.common.settings import Runtime
-from stages.text.sources import state_of
 
 Work = partial[None]  # called with (folder, rank, tasks), it writes the share of one task into a folder
 SAID = "said.txt"
@@ -78,7 +77,8 @@ def in_tasks(work: Work, folder: Path, inputs: Iterable[Path], runtime: Runtime 
 
 def key_of(work: Work, inputs: Iterable[Path], tasks: int) -> str:
     """A hash of all that decides what the tasks write."""
-    code = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    rooms = Path(__file__).parents[1]
+    code = [file.read_bytes() for room in ("common", "text") for file in sorted((rooms / room).glob("*.py"))]
     states = [(str(file), state_of(str(file))) for file in inputs]
     return hashlib.sha256(repr((code, states, work.func.__name__, work.keywords, tasks)).encode()).hexdigest()[:16]
 
@@ -99,9 +99,6 @@ class Task:
 
     def part(self, rank: int) -> Path:
         return self.parts / f"{rank:05d}"
-
-    def ended(self, rank: int) -> bool:
-        return self.part(rank).exists() or self.mistake(rank).exists()
 
     def mistake(self, rank: int) -> Path:
         """Holds a mistake of the user's that a task has found, in place of its folder."""
@@ -188,7 +185,7 @@ def on_slurm(task: Task, ranks: list[int], options: dict) -> Iterator[None]:
     own["sbatch_args"] = {"wait": ""} | options.get("sbatch_args", {})
     with suppress(subprocess.CalledProcessError):  # which tasks are missing says more
         made(slurm.SlurmPipelineExecutor, [Step(task, ranks)], **options | own).run()
-    if lost := sum(not task.ended(rank) for rank in ranks):
+    if lost := sum(not (task.part(rank).exists() or task.mistake(rank).exists()) for rank in ranks):
         raise UserError(f"runtime.executor: slurm: {lost:,} tasks have failed, see {logs}: {AGAIN}")
     yield from (None for _ in ranks)
 

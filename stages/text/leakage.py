@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from stages.text.corpus import Batch, Documents
+from stages.text.corpus import Batch, Documents, mixed
 
 import numpy as np
 
@@ -23,13 +23,6 @@ BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 POWERS = np.multiply.accumulate(np.full(PART_BYTES + 1, BASE, np.uint64))
 SUMS = np.zeros(PART_BYTES + 1, np.uint64)  # memory to work in: new one for each part would take as long again
 INVERSES = np.multiply.accumulate(np.full(PART_BYTES + 1, pow(BASE, -1, 1 << 64), np.uint64))
-
-
-def mixed(hashes: np.ndarray) -> np.ndarray:
-    """Spreads differences over all bits (https://prng.di.unimi.it/splitmix64.c)."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return hashes ^ (hashes >> np.uint64(31))
 
 
 def span_hashes(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -23,17 +23,15 @@ class Measured:
         sums: documents, bytes and words: (3,) int64.
         longest: bytes of the longest document.
         lengths: how many documents have up to 2**i bytes, by i: (64,) int64.
-        seen: which of the held-out n-grams stand in them, (n,) bool.
     """
 
     sums: np.ndarray
-    longest: np.ndarray
+    longest: int
     lengths: np.ndarray
-    seen: np.ndarray
 
     def figures(self) -> dict[str, int]:
         sums = dict(zip(("documents", "bytes", "words"), self.sums.tolist()))
-        return sums | {"longest": int(self.longest)}
+        return sums | {"longest": self.longest}
 
 
 def measure(documents: Documents, share: range | None = None, seen: Seen | None = None) -> Measured:
@@ -50,16 +48,14 @@ def measure(documents: Documents, share: range | None = None, seen: Seen | None 
                 if seen:
                     seen.look(part)
             bar.update(int(each.sum()))
-    return Measured(
-        np.array([count, size, words]), np.array(longest), lengths, seen.seen if seen else np.zeros(0, bool)
-    )
+    return Measured(np.array([count, size, words]), longest, lengths)
 
 
 def measure_train(train: Documents, seen: Seen, identity: str, runtime: Runtime) -> Measured:
     """Measures the training text.
 
     Args:
-        seen: the held-out n-grams to look for.
+        seen: the held-out n-grams to look for; those that stand in it are marked.
         identity: tells one corpus from another.
         runtime: in how many tasks, and who runs them.
     """
@@ -68,17 +64,17 @@ def measure_train(train: Documents, seen: Seen, identity: str, runtime: Runtime)
     np.save(held_out := place / "held_out.npy", seen.hashes)
     work = partial(measure_share, train=train.path, held_out=held_out, grams=seen.grams, identity=identity)
     with in_tasks(work, place, [], runtime) as parts:
-        shares = [Measured(**np.load(part / MEASURED, allow_pickle=False)) for part in parts]
+        shares = [dict(np.load(part / MEASURED, allow_pickle=False)) for part in parts]
     shutil.rmtree(place)
-    sums, lengths = (np.sum([getattr(share, name) for share in shares], axis=0) for name in ("sums", "lengths"))
-    found = np.any([share.seen for share in shares], axis=0)
-    return Measured(sums, np.max([share.longest for share in shares]), lengths, found)
+    seen.seen = np.any([share["seen"] for share in shares], axis=0)
+    sums, lengths = (np.sum([share[name] for share in shares], axis=0) for name in ("sums", "lengths"))
+    return Measured(sums, max(int(share["longest"]) for share in shares), lengths)
 
 
 def measure_share(
     folder: Path, rank: int, tasks: int, train: Path, held_out: Path, grams: Grams, identity: str
 ) -> None:
     """Measures the share of one task."""
-    documents = Documents(train.stem, train.parent)
-    share = documents.share(rank, tasks)
-    np.savez(folder / MEASURED, **vars(measure(documents, share, Seen(grams, np.load(held_out)))))
+    documents, seen = Documents(train.stem, train.parent), Seen(grams, np.load(held_out))
+    measured = measure(documents, documents.share(rank, tasks), seen)
+    np.savez(folder / MEASURED, **vars(measured), seen=seen.seen)

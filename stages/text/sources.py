@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from stages.common.errors import UserError, note, one_line
+from stages.common.files import state_of
 from stages.common.hub import dataset_files
 from stages.common.settings import Data
 from stages.text.corpus import equal_share
@@ -184,19 +185,17 @@ def names_at(path: str) -> list[str]:
         if names is None:
             raise UserError(f"{path}: no such file or folder: set the data group of params.yaml to your text")
         return names
-    names = [os.path.join(folder, name) for folder, _, found in os.walk(path) for name in found]
-    left_out = re.compile(r"(^|/)(\.|__pycache__/)")
-    return sorted(name for name in names if not left_out.search(os.path.relpath(name, path)))
-
-
-def state_of(path: str) -> tuple[int, ...]:
-    """Size, times and number of a file: no write leaves all of them as they were.
-
-    The system alone sets the last time, so a copy that brings an old date along is noticed too. A hash of what was
-    read could say no more: it would have to be compared with that of a second reading.
-    """
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
+    left_out = re.compile(r"(^|/)(\.|__pycache__(/|$))|\.dvc$")
+    names = []
+    for folder, folders, files in os.walk(path):
+        for name in (os.path.join(folder, name) for name in folders + files):
+            if left_out.search(os.path.relpath(name, path)):
+                continue
+            if os.path.isfile(name):
+                names.append(name)
+            elif os.path.islink(name):
+                raise UserError(f"{name}: a link to a folder or nowhere, which DVC doesn't watch: put a copy there")
+    return sorted(names)
 
 
 def check_unchanged(path: str, document: str, files: list[SourceFile]) -> None:
@@ -231,7 +230,7 @@ def read_documents(file: SourceFile, settings: Data, advance: Callable[[int], ob
                 if since >= CHUNK_BYTES:  # to ask for each short document would take as long as to find it
                     advance(raw.tell() - read)
                     read, since = raw.tell(), 0
-                if document and not document.isspace():
+                if document and not document.isspace() and (document.isascii() or document.decode().strip()):
                     yield document
             advance(file.start + file.stretch - read)
         except (pa.ArrowException, lzma.LZMAError, EOFError, OSError) as error:
@@ -260,6 +259,8 @@ def checked_chunks(stream: BinaryIO, file: SourceFile) -> Iterator[bytes]:
     path, offset, rest = file.path, file.start, b""
     while chunk := stream.read(CHUNK_BYTES):
         chunk = rest + chunk
+        if offset == 0 and chunk.startswith(codecs.BOM_UTF8):
+            chunk, offset = chunk.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         if not chunk.isascii():
             try:
                 _, end = codecs.utf_8_decode(chunk, "strict", False)
@@ -353,7 +354,7 @@ def read_csv(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator[byt
     rows = csv.reader(lines(), strict=True)
     try:
         names = next(rows, [])
-        field(dict.fromkeys(names, ""), settings.text_key, f"{path}: line 1: ")
+        one_field(names, settings.text_key, f"{path}: line 1: ")
         at = names.index(settings.text_key)
         for row in rows:
             if len(row) != len(names) and row:
@@ -371,7 +372,7 @@ def read_parquet(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator
                 copy.write(chunk)
             stream = copy
         table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        field(dict.fromkeys(table.schema_arrow.names, ""), settings.text_key, f"{path}: ")
+        one_field(table.schema_arrow.names, settings.text_key, f"{path}: ")
         kind = table.schema_arrow.field(settings.text_key).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
@@ -382,7 +383,18 @@ def read_parquet(stream: BinaryIO, file: SourceFile, settings: Data) -> Iterator
                 number += 1
                 if value is None:
                     raise UserError(f"{path}: row {number:,}: field {settings.text_key!r} is null, no text")
+                try:
+                    value.decode()
+                except UnicodeDecodeError:
+                    raise UserError(f"{path}: row {number:,}: not UTF-8: convert the file to UTF-8") from None
                 yield value
+
+
+def one_field(names: list[str], key: str, place: str) -> None:
+    """Raises UserError, with the place, unless there is one field of that name."""
+    field(dict.fromkeys(names, ""), key, place)
+    if names.count(key) > 1:
+        raise UserError(f"{place}{names.count(key)} fields are called {key!r}: rename one")
 
 
 def field(row: dict, key: str, place: str = "") -> bytes:

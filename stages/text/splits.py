@@ -1,12 +1,14 @@
 """The documents of each split from the files that the settings name.
 
 Where valid_file or test_file is the path of train_file, documents are held out of it by a hash of their
-text: equal ones are never on two sides, and text that is added moves none.
+text: equal ones are never on two sides, and text that is added moves none. Where these two alone share a path, each
+has half of it in the same way.
 """
 
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +18,10 @@ from pathlib import Path
 
 from stages.common.commands import progress_bar
 from stages.common.errors import UserError, note
+from stages.common.paths import SPLITS
 from stages.common.settings import Data, Runtime
-from stages.text.corpus import Documents, batched, write_documents
+from stages.text.corpus import Documents, batched, mixed, write_documents
 from stages.text.engine import in_tasks
-from stages.text.leakage import mixed
 from stages.text.sources import SourceFile, check_unchanged, find_files, read_source, share_of
 
 import numpy as np
@@ -73,7 +75,7 @@ def written_splits(
         whole = {name: int(part.sum()) for name, part in parts.items()}
         if settings.deduplicate != "none":
             drop_equal(parts, hashes)
-        if similar(settings) and "train" in parts:
+        if settings.deduplicate == "near" and "train" in parts:
             drop_similar(sources, parts)
         if "train" in parts and not parts["train"].any():
             raise UserError("data.deduplicate: no document is left to train on: all stand in valid or test")
@@ -117,7 +119,7 @@ def read_sources(settings: Data, folder: Path, paths: set[str], runtime: Runtime
             if not len(source.hashes):
                 raise UserError(f"{path}: only white space: it has no document")
             if len(source.hashes) == 1 and path in shared(settings):
-                source = in_pieces(source, path, folder / f".{i}.pieces.arrow", similar(settings))
+                source = in_pieces(source, path, folder / f".{i}.pieces.arrow", settings.deduplicate == "near")
             sources[path] = source
         yield sources
         for hidden in folder.glob(".*"):
@@ -131,23 +133,14 @@ def write_share(folder: Path, rank: int, tasks: int, settings: Data, files: dict
     with progress_bar(total, "reading") as bar:
         for i, (path, share) in enumerate(zip(files, shares)):
             documents = read_source(path, share, settings, bar.update)
-            hashes = write_hashed(folder / f".{i}.arrow", documents, similar(settings))
+            hashes = write_hashed(folder / f".{i}.arrow", documents, settings.deduplicate == "near")
             hashes.tofile(folder / f".{i}.hashes")
 
 
 def shared(settings: Data) -> set[str]:
-    """The path out of which documents are held, if there is one."""
-    held_out = {os.path.normpath(path) for path in (settings.valid_file, settings.test_file)}
-    return held_out & {os.path.normpath(settings.train_file)}
-
-
-def same(path: str, other: str) -> bool:
-    return os.path.normpath(path) == os.path.normpath(other)
-
-
-def similar(settings: Data) -> bool:
-    """Whether near-duplicates are looked for."""
-    return settings.deduplicate == "near"
+    """The path that train, valid and test, or two of them, have documents of, if there is one."""
+    paths = sources_of(settings)
+    return {path for path, times in Counter(paths[name] for name in SPLITS).items() if times > 1}
 
 
 def write_hashed(target: Path, documents: Iterator[bytes], signed: bool) -> np.ndarray:
@@ -172,10 +165,14 @@ def digest(text: bytes) -> bytes:
 
 
 def part_of(name: str, hashes: np.ndarray, settings: Data) -> np.ndarray:
-    """Which documents of its source a split has, (n,) bool: all, or where it shares train's, those of some hashes."""
+    """Which documents of its source a split has, (n,) bool: all, or where it shares another's, those of some hashes."""
     where = mixed(hashes + mixed(np.array([settings.split_seed], np.uint64))) / 2.0**64
     held_out = {"test": where < settings.test_fraction, "valid": where >= 1 - settings.valid_fraction}
-    shared = [other for other in held_out if same(getattr(settings, f"{other}_file"), settings.train_file)]
+    paths = sources_of(settings)
+    if paths["valid"] == paths["test"] != paths["train"]:
+        halves = {"test": where < 0.5, "valid": where >= 0.5}
+        return halves.get(name, np.ones(len(hashes), bool))
+    shared = [other for other in held_out if paths[other] == paths["train"]]
     if name in shared:
         return held_out[name]
     part = np.ones(len(hashes), bool)

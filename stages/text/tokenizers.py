@@ -250,6 +250,9 @@ def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokeni
         raise UserError(f"{key}: {name!r} holds no working tokenizer ({why}): use another, or null") from None
     if tokenizer is None:
         raise UserError(f"{key}: {name!r} has no tokenizer.json: convert it with transformers first")
+    if tokenizer.unknown == tokenizer.end_of_text and not tokenizer.loses_nothing:
+        why = "has one token for end-of-text and for what it doesn't know: set another eos_token"
+        raise UserError(f"{key}: {name!r} {why}")
     if auto.is_fast and getattr(auto.backend_tokenizer.model, "dropout", None):
         auto.backend_tokenizer.model.dropout = None
         note(f"{key}: {name!r} drops merges at random (dropout): this is off here")
@@ -262,8 +265,7 @@ def existing(key: str, name: str, texts: Iterable[str] = ()) -> tuple[TextTokeni
             f"{key}: transformers' {type(auto).__name__} gives other ids than the {source} of {name!r}: "
             f"those of {source} are used"
         )
-    tokens = {role: token for role, token in tokens.items() if token in tokenizer.vocab}
-    return tokenizer, tokens
+    return tokenizer, {role: token for role, token in tokens.items() if token in tokenizer.vocab}
 
 
 @contextmanager

@@ -13,10 +13,16 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, run, run_stage, set_params
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 OUTPUTS = ("data/corpus", "data/blocks", "models/tokenizer", "models/gpt2", "metrics")
 
@@ -59,6 +65,29 @@ def folder(name: str):
     def edit(project: Path) -> None:
         (project / name).unlink()
         (project / name).mkdir()
+
+    return edit
+
+
+def linked(there: str, name: str):
+    return lambda project: (project / name).symlink_to(project / there)
+
+
+def parquet(name: str, *twice: str, **columns):
+    def edit(project: Path) -> None:
+        names = [*columns, *twice]
+        pq.write_table(pa.table([columns[column] for column in names], names=names), project / name)
+
+    return edit
+
+
+def word_tokenizer(name: str, unknown: str):
+    def edit(project: Path) -> None:
+        tokenizer = Tokenizer(WordLevel({"<|endoftext|>": 0, "and": 1, "the": 2}, unk_token=unknown))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.add_special_tokens(["<|endoftext|>"])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token=unknown)
+        fast.save_pretrained(project / name)
 
     return edit
 
@@ -155,6 +184,7 @@ def callback(path: str, **arguments) -> str:
 
 
 LIGHTNING = "pytorch_lightning.callbacks"
+TEST_PARQUET = "data.test_file=data/test.parquet"
 ANCHOR_BOMB = "bomb:\n  - &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"  - &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")
 )
@@ -203,8 +233,28 @@ TEXT = {
         r"touch shell-was-run.*no such file",
     ),
     "name with a line end": ("prepare_corpus", ['data.test_file="a\\nb"'], r"a\\nb: no such file"),
+    "folder with a linked folder": (
+        "prepare_corpus",
+        [folder("data/test.txt"), linked("models", "data/test.txt/more")],
+        r"data/test\.txt/more: a link to a folder or nowhere, which DVC doesn't watch: put a copy there",
+    ),
+    "Parquet that isn't UTF-8": (
+        "prepare_corpus",
+        [parquet("data/test.parquet", text=pa.array([b"good", b"caf\xe9"]).view(pa.string())), TEST_PARQUET],
+        r"data/test\.parquet: row 2: not UTF-8: convert",
+    ),
+    "Parquet with a field twice": (
+        "prepare_corpus",
+        [parquet("data/test.parquet", "text", text=["a"]), TEST_PARQUET],
+        r"data/test\.parquet: 2 fields are called 'text': rename one",
+    ),
 }
 TOKENIZER = {
+    "tokenizer that ends documents with unknown words": (
+        "train_tokenizer",
+        [word_tokenizer("words", "<|endoftext|>"), "tokenizer.tokenizer_model=words"],
+        r"'words' has one token for end-of-text and for what it doesn't know: set another eos_token",
+    ),
     "vocab_size below the bytes": (
         "train_tokenizer",
         ["tokenizer.vocab_size=256"],
@@ -568,6 +618,38 @@ TRAINER = {
     "val_check_interval beyond an epoch": (
         ["trainer.val_check_interval=1000"],
         r"trainer\.val_check_interval: 1000 is more than the \d+ batches of an epoch: lower it",
+    ),
+    "val_check_interval beyond what is left of an epoch": (
+        ["trainer.val_check_interval=11", "trainer.limit_train_batches=10"],
+        r"trainer\.val_check_interval: 11 is more than the 10 batches of an epoch: lower it",
+    ),
+    "val_check_interval of nothing": (["trainer.val_check_interval=0"], r"trainer\.val_check_interval: 0: set"),
+    "no epoch to validate in": (
+        ["trainer.check_val_every_n_epoch=0"],
+        r"trainer\.check_val_every_n_epoch: 0: must be 1 or more, or null",
+    ),
+    "half precision in which little is learned": (
+        ["trainer.precision=16-true"],
+        r"trainer\.precision: 16-true: .*: set bf16-true or 16-mixed",
+    ),
+    "two that say how many batches a step has": (
+        [
+            callback(f"{LIGHTNING}.GradientAccumulationScheduler", scheduling={0: 2}),
+            "trainer.accumulate_grad_batches=2",
+        ],
+        r"trainer\.accumulate_grad_batches: GradientAccumulationScheduler says it: set it to 1",
+    ),
+    "average of weights that begins late": (
+        [callback(f"{LIGHTNING}.EMAWeightAveraging", update_starting_at_step=5)],
+        r"EMAWeightAveraging: update_starting_at_step: until then the untrained model would be validated",
+    ),
+    "metric that an epoch has not": (
+        [
+            callback(f"{LIGHTNING}.EarlyStopping", monitor="valid_loss", check_on_train_epoch_end=True),
+            "trainer.check_val_every_n_epoch=2",
+            "trainer.max_epochs=2",
+        ],
+        r"trainer\.callbacks: EarlyStopping: Early stopping conditioned on metric `valid_loss` which is not available",
     ),
     "batch that devices can't share": (["trainer.devices=3"], r"optimizer\.batch_size: 4 can't be shared evenly"),
     "callback that is not there": ([callback("nope.Nope")], r"trainer\.callbacks: got .*No module named 'nope'"),

@@ -219,7 +219,8 @@ def test_near_duplicates_of_held_out_documents_leave_train(tmp_path):
     near = [re.sub(r"\bGod\b", "Lord", d, count=1) + " Amen." for d in chapters[20:25]]
     (tmp_path / "train.txt").write_text("\n".join([*chapters[:20], *near, chapters[0] + " And more."]))
     (tmp_path / "valid.txt").write_text("\n".join(chapters[20:]))
-    paths = one_path(tmp_path / "valid.txt") | {"train_file": str(tmp_path / "train.txt")}
+    shutil.copy(tmp_path / "valid.txt", tmp_path / "test.txt")
+    paths = {f"{name}_file": str(tmp_path / f"{name}.txt") for name in ("train", "valid", "test")}
     made = prepared(tmp_path, document="line", deduplicate="near", **paths)
     assert [d.decode() for d in made["train"]] == chapters[:20]
     assert [d.decode() for d in made["valid"]] == chapters[20:]
@@ -239,10 +240,10 @@ def test_leakage_is_counted(project, tmp_path, unit):
     if unit == "bytes":
         chapters = [re.sub(r"[\s,.:;]", "", d) for d in chapters]
     train, test = chapters[:70], [*chapters[70:], chapters[5], chapters[6][:600] + chapters[90][:400]]
-    for name, documents in (("train", train), ("test", test)):
+    for name, documents in (("train", train), ("test", test), ("valid", test)):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(documents))
-    files = [f"--data.{name}_file={tmp_path / f'{name}.txt'}" for name in ("train", "test")]
-    status, _, err = run_stage(project, "prepare_corpus", *files, f"--data.valid_file={tmp_path / 'test.txt'}")
+    files = [f"--data.{name}_file={tmp_path / f'{name}.txt'}" for name in ("train", "test", "valid")]
+    status, _, err = run_stage(project, "prepare_corpus", *files)
     assert status == 0 and "note: test leaks into train: 3.1% of its documents" in err
     figures = json.loads((project / "metrics/corpus.json").read_text())
     known = set().union(*(grams(d, unit) for d in train))
@@ -477,3 +478,27 @@ def test_nothing_held_out_is_one_line(project, key):
     assert status == 1 and err.startswith(
         f"error: t.txt: no document of {len(DOCUMENTS)} is left for {split}: raise"
     ), err
+
+
+def test_valid_and_test_share_a_path_by_halves(tmp_path, capsys):
+    chapters = [" ".join(d.split()) for d in sample_lines(0, 1200).split("\n\n")]
+    (tmp_path / "train.txt").write_text(chapters[0])
+    (tmp_path / "other.txt").write_text("\n".join([*chapters, chapters[3]]))
+    paths = one_path(tmp_path / "other.txt") | {"train_file": str(tmp_path / "train.txt")}
+    made = prepared(tmp_path, document="line", **paths)
+    halves = [[d.decode() for d in made[name]] for name in ("valid", "test")]
+    assert sorted([*halves[0], *halves[1]]) == sorted([*chapters, chapters[3]])
+    assert not set(halves[0]) & set(halves[1]) and min(map(len, halves)) > len(chapters) / 4
+    assert made["train"] == [chapters[0].encode()]
+
+
+def test_what_of_a_folder_is_text(tmp_path):
+    """Neither a byte order mark nor white space of any script, nor the file that DVC puts beside one."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    texts = {f"text {i}" for i in range(60)}
+    (folder / "a.txt").write_bytes("\n\u3000\n".join(["\ufeff", *texts]).encode())
+    (folder / "a.txt.dvc").write_text("outs: []")
+    (folder / "b.txt").symlink_to(folder / "a.txt")
+    made = prepared(tmp_path, document="line", deduplicate="exact", **one_path(folder))
+    assert {text.decode() for documents in made.values() for text in documents} == texts

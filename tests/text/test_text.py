@@ -38,6 +38,7 @@ TEXTS = {
 
 def documents_of(text: bytes, document: str) -> list[bytes]:
     """What documents are, as simply as can be said: lines, and runs of lines that are not blank."""
+    text = text.removeprefix(b"\xef\xbb\xbf")
     if document == "file":
         return [text]
     groups = [[]]
