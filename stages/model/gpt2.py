@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
@@ -148,7 +148,7 @@ def sampling(model: GPT2LMHeadModel, max_length: int, **options: Any) -> Generat
     )
 
 
-def next_logits(model: GPT2LMHeadModel, input_ids: Tensor, cache: "Cache | None" = None) -> Tensor:
+def next_logits(model: GPT2LMHeadModel, input_ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
     """Logits of the one token that follows.
 
     Args:
@@ -157,21 +157,6 @@ def next_logits(model: GPT2LMHeadModel, input_ids: Tensor, cache: "Cache | None"
         (B, V) float32.
     """
     return ops.linear(hidden_states(model, input_ids, cache)[:, -1], model.lm_head.weight).float()
-
-
-class Cache:
-    """The keys and values of the tokens that a model has seen, so that the next one needs no second look at them."""
-
-    def __init__(self, model: GPT2LMHeadModel):
-        self.layers: list[Any] = [None] * model.config.n_layer
-        self.length = 0
-
-    def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, (B, n_head, length, n_embd / n_head) each, the new ones at the end."""
-        if self.length:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (keys, values)))
-        self.layers[layer] = keys, values
-        return keys, values
 
 
 def loss(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
@@ -199,20 +184,18 @@ def token_losses(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
     return nll.view(*x.shape[:2])
 
 
-def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+def hidden_states(model: GPT2LMHeadModel, input_ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
     """The last layer's output after its norm: (B, T, n_embd)."""
     body, config = model.transformer, model.config
-    seen = cache.length if cache else 0
+    seen = 0 if cache is None else cache.get_seq_length()
     x = body.wte(input_ids) + body.wpe.weight[seen : seen + input_ids.shape[1]]
     x = F.dropout(x, config.embd_pdrop, model.training)
     for i, block in enumerate(body.h):
         x = block(x, cache, i) if isinstance(block, Layer) else layer(block, x, cache, i)
-    if cache:
-        cache.length += input_ids.shape[1]
     return body.ln_f(x)
 
 
-def layer(block: GPT2Block, x: Tensor, cache: Cache | None = None, i: int = 0) -> Tensor:
+def layer(block: GPT2Block, x: Tensor, cache: DynamicCache | None = None, i: int = 0) -> Tensor:
     """The output of the i-th transformer block: (B, T, n_embd) to the same shape."""
     x = x + attention(block.attn, block.ln_1(x), cache, i)
     return x + mlp(block.mlp, block.ln_2(x))
@@ -230,15 +213,15 @@ def call_blocks(model: GPT2LMHeadModel) -> None:
         block.__class__ = Layer
 
 
-def attention(attn: GPT2Attention, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+def attention(attn: GPT2Attention, x: Tensor, cache: DynamicCache | None = None, layer: int = 0) -> Tensor:
     """Causal self-attention of (B, T, n_embd), with the same shape; with a cache, over the tokens before too."""
     config = attn.config
     B, T, C = x.shape
     q, k, v = conv1d(attn.c_attn, x).view(B, T, 3, config.n_head, C // config.n_head).permute(2, 0, 3, 1, 4)
     dropout = config.attn_pdrop if attn.training else 0.0
-    if cache:
-        k, v = cache.extended(layer, k, v)
-    if cache and cache.length:  # one token more, and it may look at all
+    if cache is not None:
+        k, v = cache.update(k, v, layer)
+    if k.shape[2] > T:  # one token more, and it may look at all
         y = F.scaled_dot_product_attention(q, k, v, scale=attn.scaling)
     elif x.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= WHOLE_ATTENTION:
         future = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)

@@ -15,7 +15,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, MAX_LOG))
 
 
-@cache
+@lru_cache(maxsize=4)  # 40 MB of a thousand rows
 def draws(rows: int) -> np.ndarray:
     """How often each row is in each of DRAWS resamples: (DRAWS, rows) float32."""
     return stats.multinomial.rvs(rows, np.full(rows, 1 / rows), size=DRAWS, random_state=0).astype(np.float32)

@@ -121,7 +121,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def uses_tiles(x: Tensor) -> bool:
     """Whether bias and GELU are best made while a product is in AMX's registers."""
     # Where a gradient is wanted, what GELU was made of is kept, and to make it a second time gains nothing.
-    return AMX and x.device.type == "cpu" and autocast_dtype(x) == torch.bfloat16 and not torch.is_grad_enabled()
+    return on_amx(x) and not torch.is_grad_enabled()
+
+
+def on_amx(x: Tensor) -> bool:
+    return AMX and x.device.type == "cpu" and autocast_dtype(x) == torch.bfloat16
 
 
 def uses_onednn(x: Tensor) -> bool:
@@ -317,6 +321,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 def pieces(x: Tensor, weight: Tensor) -> list[slice]:
     """The rows of (N, C) hidden states whose logits are made at a time."""
-    most = AMX_LOGITS_BYTES if INTEL and x.dtype == torch.bfloat16 else LOGITS_BYTES.get(x.device.type, 1 << 28)
+    most = AMX_LOGITS_BYTES if on_amx(x) else LOGITS_BYTES.get(x.device.type, 1 << 28)
     rows = max(1, most // (4 * len(weight)))
     return [slice(i, i + rows) for i in range(0, len(x), rows)]

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from stages.common.devices import multiplies_bf16
 from stages.common.settings import Optimizer
@@ -25,17 +26,12 @@ def make_optimizer(
         hidden: those of the matrices, inside the transformer's layers, that Muon may take.
         fused: whether AdamW's step is one kernel.
     """
-    adamw = {"lr": settings.lr, "betas": tuple(settings.betas), "fused": fused}
-    no_decay = {"params": vectors, "weight_decay": 0.0}
-    if settings.name == "muon":
-        others = [p for p in matrices if all(p is not h for h in hidden)]
-        optimizer = MuonAndAdamW(
-            Muon(hidden, settings.lr, settings.weight_decay, tuple(settings.betas)),
-            torch.optim.AdamW([{"params": others, "weight_decay": settings.weight_decay}, no_decay], **adamw),
-        )
-    else:
-        optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": settings.weight_decay}, no_decay], **adamw)
-    return optimizer
+    lr, betas, decay = settings.lr, tuple(settings.betas), settings.weight_decay
+    muon = settings.name == "muon"
+    decayed = [p for p in matrices if all(p is not h for h in hidden)] if muon else matrices
+    groups = [{"params": decayed}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=decay, fused=fused)
+    return MuonAndAdamW(Muon(hidden, lr, decay, betas), adamw) if muon else adamw
 
 
 def lr_factor(step: int, total: float, settings: Optimizer) -> float:
@@ -79,35 +75,39 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        loss = None if closure is None else torch.enable_grad()(closure)()
+    def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None]
-            for p in matrices:
-                if not self.state[p]:
-                    squares = here(p).new_zeros(1, max(p.shape))
-                    self.state[p].update(momentum_buffer=torch.zeros_like(p), neuron_squares=squares)
-            beta1, beta2 = group["betas"]
-            weights, gradients = [here(p) for p in matrices], [here(p.grad) for p in matrices]
-            momenta = [here(self.state[p]["momentum_buffer"]) for p in matrices]
-            squares = [self.state[p]["neuron_squares"] for p in matrices]
-            torch._foreach_lerp_(momenta, gradients, 1 - beta1)
-            work = SharedWork(matrices)
-            dtype = torch.bfloat16 if multiplies_bf16(weights[0].device) else torch.float32
-            updates = [g.lerp(m, beta1).to(dtype) for g, m in zip(gradients, momenta)]
-            updates = work.to_owners(updates)
-            same = defaultdict(list)  # a matrix and its transpose have the same singular values
-            for i in updates:
-                same[min(matrices[i].shape), max(matrices[i].shape)].append(i)
-            for shape, members in same.items():
-                momentum = torch.stack([wide(updates.pop(i)) for i in members])
-                size = -0.2 * math.sqrt(shape[1]) * group["lr"]
-                even = self.even(momentum, [squares[i] for i in members], beta2, size)
-                for i, update in zip(members, even):
-                    updates[i] = update.t() if matrices[i].shape[0] > matrices[i].shape[1] else update
-            for weight, update in zip(weights, work.to_all(updates, squares)):
-                torch.add(update, weight, alpha=1 - group["lr"] * group["weight_decay"], out=weight)
-        return loss
+            self.update(group)
+
+    def update(self, group: dict[str, Any]) -> None:
+        """The step of a group's matrices."""
+        matrices = [p for p in group["params"] if p.grad is not None]
+        for p in matrices:
+            if not self.state[p]:
+                squares = here(p).new_zeros(1, max(p.shape))
+                self.state[p].update(momentum_buffer=torch.zeros_like(p), neuron_squares=squares)
+        beta1, beta2 = group["betas"]
+        weights, gradients = [here(p) for p in matrices], [here(p.grad) for p in matrices]
+        momenta = [here(self.state[p]["momentum_buffer"]) for p in matrices]
+        squares = [self.state[p]["neuron_squares"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - beta1)
+        work = SharedWork(matrices)
+        dtype = torch.bfloat16 if multiplies_bf16(weights[0].device) else torch.float32
+        whole_update = work.to_owners(lambda i: gradients[i].lerp(momenta[i], beta1), dtype)
+        same = defaultdict(list)  # a matrix and its transpose have the same singular values
+        for i in work.owned[work.rank]:
+            same[min(matrices[i].shape), max(matrices[i].shape)].append(i)
+        updates = {}
+        for shape, members in same.items():
+            momentum = torch.empty(len(members), *shape, dtype=dtype, device=work.device)
+            for row, i in zip(momentum, members):
+                row.copy_(wide(whole_update(i)))
+            size = -0.2 * math.sqrt(shape[1]) * group["lr"]
+            even = self.even(momentum, [squares[i] for i in members], beta2, size)
+            for i, update in zip(members, even):
+                updates[i] = update.t() if matrices[i].shape[0] > matrices[i].shape[1] else update
+        for weight, update in zip(weights, work.to_all(updates, squares)):
+            torch.add(update, weight, alpha=1 - group["lr"] * group["weight_decay"], out=weight)
 
     @staticmethod
     def even(momentum: Tensor, squares: list[Tensor], beta2: float, size: float) -> Tensor:
@@ -128,7 +128,7 @@ class SharedWork:
     """
 
     def __init__(self, matrices: list[Tensor]):
-        together = dist.is_available() and dist.is_initialized()
+        together = dist.is_initialized()
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.shapes, self.device = [p.shape for p in matrices], matrices[0].device
         self.sharded = any(isinstance(p, DTensor) for p in matrices)
@@ -150,15 +150,15 @@ class SharedWork:
         rows = self.rows(i, process)
         return (rows.stop - rows.start) * self.shapes[i][1]
 
-    def to_owners(self, updates: list[Tensor]) -> dict[int, Tensor]:
-        """From what this process has of each matrix, the whole ones that it computes."""
-        mine = self.owned[self.rank]
+    def to_owners(self, part: Callable[[int], Tensor], dtype: torch.dtype) -> Callable[[int], Tensor]:
+        """The whole of a matrix that this process computes, from `part`, what each process has of it."""
         if not self.sharded:
-            return {i: updates[i] for i in mine}
-        sent = [self.message([updates[i] for i in each], updates[0].dtype) for each in self.owned]
+            return part
+        mine = self.owned[self.rank]
+        sent = [self.message([part(i) for i in each], dtype) for each in self.owned]
         sizes = [[self.elements(i, process) for i in mine] for process in range(self.processes)]
-        parts = [part.split(each) for part, each in zip(self.exchange(sent, sizes), sizes)]
-        return {i: torch.cat(rows).view(self.shapes[i]) for i, rows in zip(mine, zip(*parts))}
+        parts = [received.split(each) for received, each in zip(self.exchange(sent, sizes), sizes)]
+        return {i: torch.cat(rows).view(self.shapes[i]) for i, rows in zip(mine, zip(*parts))}.pop
 
     def to_all(self, updates: dict[int, Tensor], squares: list[Tensor]) -> list[Tensor]:
         """From the updates of this process's matrices, what it has of all of them; `squares` become all processes'."""

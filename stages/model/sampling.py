@@ -1,11 +1,11 @@
 """Text from a model: one token after another, until end-of-text."""
 
 from stages.common.settings import Generate
-from stages.model.gpt2 import Cache, next_logits
+from stages.model.gpt2 import next_logits
 from stages.text.tokenizers import TextTokenizer
 
 import torch
-from transformers import GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -33,12 +33,12 @@ def continuation(model: GPT2LMHeadModel, tokenizer: TextTokenizer, prompt: str, 
         choose.append(TopPLogitsWarper(settings.top_p))
     generator = torch.Generator().manual_seed(seed)
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    positions, cache = model.config.n_positions, Cache(model)
+    positions, cache = model.config.n_positions, DynamicCache()
     for _ in range(settings.max_new_tokens):
         if len(ids) > positions:
             cache = None  # with each token now, all of them move by a position
         context = torch.tensor([ids[-positions:]], device=model.device)
-        scores = next_logits(model, context[:, cache.length :] if cache else context, cache)
+        scores = next_logits(model, context if cache is None else context[:, cache.get_seq_length() :], cache)
         if settings.temperature == 0:
             token = int(scores.argmax())
         else:

@@ -145,13 +145,12 @@ def token_losses(
     model.eval()
     precision = precision or getattr(model.config, "precision", None)
     # Windows start at 0, stride, ... until one reaches the last token; all but that one are T long.
-    full = max(0, math.ceil((N - 1 - T) / stride)) if N - 1 > T else 0
-    starts = [list(range(i, min(i + batch_size, full))) for i in range(0, full, batch_size)]
-    batches = [*starts, [full]]
+    full = max(0, math.ceil((N - 1 - T) / stride))
+    batches = [range(i, min(i + batch_size, full)) for i in range(0, full, batch_size)] + [range(full, full + 1)]
     rank, _, size = processes.launched()
-    mine = [batches[i] for i in equal_share(len(batches), rank, size)]
+    share = equal_share(len(batches), rank, size)
     with progress_bar(-(-(N - 1) // size), f"scoring {split.name}", "tokens", shown=rank == 0) as bar:
-        for windows in mine:
+        for windows in batches[share.start : share.stop]:
             nll = window_losses(model, split, [k * stride for k in windows], precision)
             if not np.isfinite(nll).all():
                 raise UserError(f"{split.name}: the model's loss is not a finite number: train it again")
@@ -172,15 +171,15 @@ def window_losses(model: GPT2LMHeadModel, split: Split, starts: list[int], preci
         return gpt2.token_losses(model, batch).cpu().numpy()
 
 
-def unigram_ppl(train: Split, split: Split) -> float:
+def token_counts(split: Split, first: int = 0) -> np.ndarray:
+    """How often each token is in a split, from the first-th on: (vocab_size,) int64."""
+    counts = np.zeros(split.vocab_size, np.int64)
+    for tokens in split.tokens.chunks(first):
+        counts += np.bincount(tokens, minlength=split.vocab_size)
+    return counts
+
+
+def unigram_ppl(train: np.ndarray, split: Split) -> float:
     """Perplexity of a split under token counts of train, plus one each."""
-
-    def counts(chunks: Iterator[np.ndarray]) -> np.ndarray:
-        total = np.zeros(train.vocab_size, np.int64)
-        for tokens in chunks:
-            total += np.bincount(tokens, minlength=train.vocab_size)
-        return total
-
-    seen = counts(train.tokens.chunks()) + 1
-    predicted = counts(split.tokens.chunks(1))
+    seen, predicted = train + 1, token_counts(split, 1)
     return math.exp(-(predicted * np.log(seen / seen.sum())).sum() / predicted.sum())

@@ -93,6 +93,18 @@ def test_cross_entropy_over_the_vocabulary_in_pieces(either_library, monkeypatch
         assert relative_error(ops.token_cross_entropy(x, weight, targets), expected) < 1e-6
 
 
+def test_pieces_of_logits_fit_the_device(monkeypatch):
+    """On AMX larger ones than on other processors, and on a GPU the largest, whatever processor is beside it."""
+    monkeypatch.setitem(ops.LOGITS_BYTES, "meta", ops.LOGITS_BYTES["cuda"])
+    rows = {}
+    for device in ("cpu", "meta"):
+        for amx in (False, True):
+            monkeypatch.setattr(ops, "AMX", amx)
+            x, weight = (torch.empty(n, 1, dtype=torch.bfloat16, device=device) for n in (1 << 15, 1 << 14))
+            rows[device, amx] = ops.pieces(x, weight)[0].stop
+    assert rows == {("cpu", False): 1 << 8, ("cpu", True): 1 << 10, ("meta", False): 1 << 14, ("meta", True): 1 << 14}
+
+
 @pytest.mark.parametrize("block_size", [24, gpt2.WHOLE_ATTENTION + 8])
 def test_bf16_on_a_cpu(block_size):
     """Both ways of attention stay as near to float32 as rounding to bf16 allows."""
