@@ -29,7 +29,7 @@ from stages.common.settings import Data, Group, Settings, about
 from stages.model import ops
 from stages.model.gpt2 import load_model
 from stages.model.sampling import continuation
-from stages.model.scoring import figures_of, unigram_ppl
+from stages.model.scoring import figures_of, token_counts, unigram_ppl
 from stages.text.corpus import Documents
 from stages.text.splits import sources_of, written_splits
 from stages.text.streams import Split, load_split, write_blocks
@@ -59,7 +59,7 @@ def evaluate(settings: Settings) -> None:
     """What main does, in each of the processes that do it together."""
     ops.reuse_memory()
     rank, local_rank, _ = launched()
-    device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
+    device = device_of(settings.evaluate.accelerator)
     if device.type == "cuda":
         torch.cuda.set_device(local_rank % torch.cuda.device_count())  # srun may show each process its own GPU alone
     if settings.options.model is not None:
@@ -73,11 +73,11 @@ def evaluate(settings: Settings) -> None:
     train = load_split("train")
     if train.tokenizer != tokenizer.fingerprint:
         raise UserError(f"{BLOCKS} was made by another tokenizer than {MODEL}'s: run `dvc repro`")
-    figures, details, tables = {}, {}, {}
+    figures, details, tables, counts = {}, {}, {}, token_counts(train)
     for name in test_sets(file.stem for file in BLOCKS.glob("*.json") if file.stem != "meta"):
         split = load_split(name)
         figures[name], details[name], tables[name] = figures_of(model, split, settings.evaluate)
-        details[name]["unigram_ppl"] = unigram_ppl(train, split)
+        details[name]["unigram_ppl"] = unigram_ppl(counts, split)
     if rank == 0:
         write(settings, model, tokenizer, figures, details, tables)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from stages.common.devices import AUTOCAST
 from stages.common.errors import UserError, one_line, run
-from stages.common.files import new_folder
+from stages.common.files import check_states, new_folder, states_in
 from stages.common.params import load
 from stages.common.paths import METRICS, MODEL, TOKENIZER
 from stages.common.processes import join, lost_another
@@ -22,7 +22,7 @@ from stages.text.streams import Split, load_split
 from stages.text.tokenizers import copy_tokenizer, load_tokenizer
 from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints, Interrupted, remove_older_finished, training_lock
-from stages.training.data import Blocks
+from stages.training.data import Blocks, limited
 from stages.training.history import History
 from stages.training.identity import run_identity
 from stages.training.model_card import model_card
@@ -42,7 +42,9 @@ def main() -> None:
     quiet_libraries()
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
-    model = first_model(settings, train, valid)
+    key, pretrained = "model.from_pretrained", settings.model.from_pretrained
+    before = states_in(pretrained)
+    model = first_model(settings, train)
     identity, trunk = run_identity(settings, train, valid)
     best, history = BestWeights(), History()
     checkpoints = Checkpoints(identity, train.tokenizer, settings.runtime, best)
@@ -63,8 +65,10 @@ def main() -> None:
             model.generation_config = gpt2.sampling(model, settings.model.block_size)
             best.export(model, folder)
             copy_tokenizer(TOKENIZER, folder, settings.model.block_size)
-            model_card(settings, model.num_parameters(), train, valid, checkpoints).save(folder / "README.md")
+            tokens = blocks.step_tokens(trainer)
+            model_card(settings, model.num_parameters(), train, valid, checkpoints, tokens).save(folder / "README.md")
             best.check(trainer, folder)
+            check_states(key, pretrained, before)
         history.write(METRICS)
         remove_older_finished(checkpoints.folder)
         figures = write_run_figures(trainer, model.num_parameters(), checkpoints, history)
@@ -72,25 +76,24 @@ def main() -> None:
     trainer.strategy.barrier("exported")
 
 
-def first_model(settings: Settings, train: Split, valid: Split) -> GPT2LMHeadModel:
+def first_model(settings: Settings, train: Split) -> GPT2LMHeadModel:
     """The model before its first step.
 
     Raises:
         UserError: blocks, tokenizer, settings and a pretrained model don't fit each other.
     """
     tokenizer = load_tokenizer(TOKENIZER)
-    check_data(settings, train, valid, tokenizer.fingerprint)
+    check_data(settings, train, tokenizer.fingerprint)
     pl.seed_everything(settings.seed_everything, workers=True, verbose=False)
     if settings.model.from_pretrained is None:
         return gpt2.new_model(settings.model, train.vocab_size, tokenizer.end_of_text)
     return gpt2.pretrained_model(settings.model, tokenizer)
 
 
-def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str) -> None:
+def check_data(settings: Settings, train: Split, fingerprint: str) -> None:
     """Raises UserError when the blocks don't fit the tokenizer or the settings."""
-    for split in (train, valid):
-        if split.tokenizer != fingerprint:
-            raise UserError("data/blocks was made by another tokenizer than models/tokenizer: run `dvc repro`")
+    if train.tokenizer != fingerprint:  # of all splits: they have it from one file
+        raise UserError("data/blocks was made by another tokenizer than models/tokenizer: run `dvc repro`")
     T, batch_size = settings.model.block_size, settings.optimizer.batch_size
     predicted = len(train.tokens) - 1
     if predicted < T:
@@ -100,13 +103,15 @@ def check_data(settings: Settings, train: Split, valid: Split, fingerprint: str)
             f"optimizer.batch_size: train has only {predicted // T:,} blocks of "
             f"model.block_size {T}, less than one batch of {batch_size}: lower one of them"
         )
-    batches, interval = predicted // T // batch_size, settings.trainer.val_check_interval
+    trainer, interval = settings.trainer, settings.trainer.val_check_interval
+    batches = limited(predicted // T // batch_size, trainer.overfit_batches or trainer.limit_train_batches)
     if not isinstance(interval, int | float | None):
         raise UserError(
             f"trainer.val_check_interval: {interval}: the clock would decide what is validated, and so the result: "
             "write a fraction of an epoch, or a whole number of batches"
         )
-    if isinstance(interval, int) and interval > batches and settings.trainer.check_val_every_n_epoch is not None:
+    validated = trainer.limit_val_batches != 0 and trainer.check_val_every_n_epoch is not None
+    if isinstance(interval, int) and interval > batches and validated:
         raise UserError(
             f"trainer.val_check_interval: {interval} is more than the {batches:,} batches of an epoch: "
             "lower it, or set trainer.check_val_every_n_epoch: null"
@@ -126,6 +131,8 @@ def fit(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, checkpoints:
             checkpoints.load_final(history)
     else:
         trainer.fit(module, datamodule=blocks, ckpt_path=resume, weights_only=True)
+        if not checkpoints.ended:
+            checkpoints.end_where_it_is(trainer)
 
 
 @contextmanager
@@ -141,6 +148,8 @@ def stopped_in_one_line(trainer: pl.Trainer) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UserError(f"trainer: {one_line(error, 1000)}") from None
     except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            raise UserError(f"trainer.callbacks: EarlyStopping: {one_line(error, 1000)}") from None
         if not lost_another(error):  # one that waits in NCCL is ended by its launcher
             raise
         if trainer.global_rank:

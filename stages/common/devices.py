@@ -9,16 +9,18 @@ import torch
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-def device_of(accelerator: str, key: str) -> torch.device:
-    """The device of an accelerator setting: cuda, mps, cpu, or auto for the first of them that is there.
+def device_of(accelerator: str) -> torch.device:
+    """The device of evaluate.accelerator: cuda, mps, cpu, or auto for the first of them that is there.
 
     Raises:
-        UserError: this machine has none; `key` is the setting that names it.
+        UserError: this machine has none.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(kind for kind in there if there[kind]) if accelerator == "auto" else accelerator
     if not there[kind]:
-        raise UserError(f"{key}: {kind}: this machine has none that PyTorch can use: set it to auto or cpu")
+        raise UserError(
+            f"evaluate.accelerator: {kind}: this machine has none that PyTorch can use: set it to auto or cpu"
+        )
     return torch.device(kind)
 
 

@@ -1,6 +1,8 @@
 """What is too large for this machine is refused before it is tried: the system would kill the stage, or hang."""
 
 import os
+import resource
+import sys
 
 from stages.common.errors import UserError
 
@@ -13,3 +15,8 @@ def check_memory(needed: int, what: str) -> None:
         raise UserError(
             f"{key}: {why} would need about {needed / 1e9:,.0f} GB, this machine has {here / 1e9:,.0f}: {advice}"
         )
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -81,17 +81,13 @@ class BestWeights(Callback):
         """
         if self.first_batch is None:
             return
-        model = gpt2.load_model(folder).to(trainer.strategy.root_device).eval()
+        device = trainer.strategy.root_device
+        model = gpt2.load_model(folder).to(device).eval()
         with torch.inference_mode(), trainer.precision_plugin.forward_context():
-            loss = mean_loss(model, self.first_batch.to(trainer.strategy.root_device))
+            loss = float(gpt2.token_losses(model, self.first_batch.to(device)).double().mean())
         half = str(trainer.precision).startswith(("16", "bf16", "transformer"))
         if not abs(loss - self.first_loss) <= (HALF_TOLERANCE if half else TOLERANCE):
             raise UserError(
                 f"{folder}: the exported model's loss on the first validation batch is {loss:.5f}, where training "
                 f"recorded {self.first_loss:.5f}: the last model is kept; please report this"
             )
-
-
-def mean_loss(model: GPT2LMHeadModel, batch: Tensor) -> float:
-    """Nats a token of (B, T + 1) int64 token ids."""
-    return float(gpt2.token_losses(model, batch).double().mean())

@@ -25,6 +25,7 @@ from stages.common.checkpoint_files import delete, filled, hide, mapped, put, sy
 from stages.common.errors import UserError, not_written, note, one_line
 from stages.common.paths import CHECKPOINTS
 from stages.common.settings import Optimizer, Runtime
+from stages.model import ops
 from stages.model.optimizers import cooldown_start, here
 from stages.training import lightning_internals as internals
 from stages.training.best import BestWeights
@@ -213,6 +214,7 @@ class Checkpoints(Callback):
         self.seconds = self.validation_seconds = 0.0
         self.last_validation = float("inf")  # seconds; how long the first one takes isn't known
         self.random = None
+        self.started = time.monotonic()
 
     def share_trunk(self, identity: str, settings: Optimizer, steps: float) -> None:
         """With schedule wsd, steps up to the start of the cooldown are of this identity.
@@ -272,6 +274,13 @@ class Checkpoints(Callback):
         shared = trainer.global_step <= self.cooldown and not self.ended
         checkpoint |= {"identity": self.trunk_identity if shared else self.identity, "tokenizer": self.tokenizer}
         checkpoint["gpt2_config"] = module.model.config.to_dict()
+        # A callback may have asked for an end that min_steps or min_epochs puts off, or look at a metric once an epoch.
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        checkpoint |= {"should_stop": trainer.should_stop, "metrics": metrics}
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        trainer.should_stop = checkpoint["should_stop"]
+        internals.put_metrics_back(trainer, checkpoint["metrics"])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -339,7 +348,9 @@ class Checkpoints(Callback):
     def remove_superfluous(self, trainer: Trainer, folder: Path) -> None:
         if trainer.is_global_zero:
             trunks = sorted(CHECKPOINTS.glob("*/trunk-*.ckpt"), key=os.path.getmtime)
-            for old in [*sorted(folder.glob("step-*.ckpt"))[:-KEPT], *trunks[: -self.keep_trunks or None]]:
+            # A longer training may have left later ones in the trunk.
+            steps = [path for path in sorted(folder.glob("step-*.ckpt")) if step_of(path) <= trainer.global_step]
+            for old in [*steps[:-KEPT], *trunks[: -self.keep_trunks or None]]:
                 remove(old)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -366,8 +377,21 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(self.final)
         if self.trunk and trainer.is_global_zero:
             for served in self.trunk.glob("step-*.ckpt"):
-                delete(served)
+                if step_of(served) <= self.cooldown:  # a longer training's later ones serve it still
+                    delete(served)
         self.seconds += time.monotonic() - self.started
+
+    def end_where_it_is(self, trainer: Trainer) -> None:
+        """What is left to do where the time was over before a resumed training's next step: then nothing was ended.
+
+        Raises:
+            UserError: it was over before the first step.
+        """
+        if not trainer.global_step:
+            raise UserError("trainer.max_time: it is over before the first step: raise it")
+        if self.best.step is None:
+            self.best.keep(trainer)
+        self.steps, self.ended = trainer.global_step, True
 
     def load_final(self, history: History) -> None:
         """The state at the end of a run that DVC has not recorded."""
@@ -392,7 +416,8 @@ def machine() -> dict[str, Any]:
     """What of this machine decides the last bits of a sum."""
     names = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
     asked = {name: os.environ[name] for name in names if name in os.environ}
-    cpu = torch.backends.cpu.get_cpu_capability()
+    kind = {"Intel": ops.INTEL, "AMX": ops.AMX}  # which products are whose
+    cpu = " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, there in kind.items() if there)])
     return {"threads": torch.get_num_threads(), "cpu": cpu, "asked for": asked}
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from stages.common.settings import Settings
+from stages.text.corpus import mixed
 from stages.text.streams import Split
 from stages.training.lightning_internals import batches_done
 
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 AT_A_TIME = 64  # batches whose blocks are drawn together: numpy takes as long for one
 
 
-def step_tokens(settings: Settings) -> int:
-    """Tokens that an optimizer step learns from."""
-    return settings.optimizer.batch_size * settings.model.block_size * settings.trainer.accumulate_grad_batches
+def limited(batches: int, limit: float | None) -> int:
+    """Those of an epoch's batches that one of Lightning's limits leaves: a number of them, or a share."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def permuted(places: np.ndarray, size: int, key: list[int]) -> np.ndarray:
@@ -40,10 +43,7 @@ def permuted(places: np.ndarray, size: int, key: list[int]) -> np.ndarray:
     while outside.any():
         left, right = numbers[outside] >> bits, numbers[outside] & mask
         for secret in rounds:
-            mixed = right + secret
-            mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ (mixed ^ mixed >> np.uint64(31)) & mask
+            left, right = right, left ^ mixed(right + secret) & mask
         numbers[outside] = left << bits | right
         outside = numbers >= size
     return numbers.astype(np.int64)
@@ -139,8 +139,7 @@ class Blocks(pl.LightningDataModule):
         Lightning's estimated_stepping_batches says it only once a training has begun, and knows no schedule of
         batches a step.
         """
-        limit, batches = trainer.limit_train_batches, (len(self.train.tokens) - 1) // self.T // self.batch_size
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        batches = limited((len(self.train.tokens) - 1) // self.T // self.batch_size, trainer.limit_train_batches)
         schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
         if trainer.max_epochs in (None, -1):
             steps = math.inf
@@ -150,6 +149,18 @@ class Blocks(pl.LightningDataModule):
         else:
             steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    def step_tokens(self, trainer: pl.Trainer) -> int:
+        """Tokens that an optimizer step learns from at most."""
+        batches = limited((len(self.train.tokens) - 1) // self.T // self.batch_size, trainer.limit_train_batches)
+        schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        most = max(schedules[0].scheduling.values()) if schedules else trainer.accumulate_grad_batches
+        return min(most, batches) * self.T * self.batch_size
+
+    def planned_epochs(self, trainer: pl.Trainer) -> float:
+        """Passes over the training text, infinite where neither steps nor epochs end it."""
+        epochs = self.planned_steps(trainer) * self.step_tokens(trainer) / len(self.train.tokens)
+        return epochs if trainer.max_epochs in (None, -1) else min(epochs, trainer.max_epochs)
 
     def loader(self, split: Split, batches: Iterable[Sequence[int]]) -> DataLoader:
         workers = self.settings.runtime.num_workers
@@ -172,6 +183,9 @@ class Blocks(pl.LightningDataModule):
         last = [range(whole, whole + 1)] if (len(self.valid.tokens) - 1) % self.T else []
         batches = [range(i, min(i + self.batch_size, whole)) for i in range(0, whole, self.batch_size)] + last
         batches = [[i * self.T for i in batch] for batch in batches]
+        self.all_valid_batches, trainer = len(batches), self.settings.trainer
+        limit = trainer.overfit_batches or trainer.limit_val_batches
+        batches = batches[: max(1, limited(len(batches), limit))]
         share = batches[self.trainer.global_rank :: self.trainer.world_size]
         self.valid_batches = len(share)
         # Under FSDP all must do as many passes: who has one batch less does another one, uncounted.

@@ -30,7 +30,6 @@ class History(Callback):
         self.train, self.valid, self.losses, self.interval = [], [], [], 1
 
     def on_train_start(self, trainer: Trainer, module: LanguageModel) -> None:
-        self.T, self.batch_size = module.settings.model.block_size, module.settings.optimizer.batch_size
         # Looking at a loss makes the host wait for a GPU or for other processes: there at the points only.
         self.each_step = module.device.type == "cpu" and trainer.world_size == 1
         self.losses = [loss.to(module.device) for loss in self.losses]  # a checkpoint's are on the CPU
@@ -73,7 +72,7 @@ class History(Callback):
 
     def tokens(self, trainer: Trainer) -> int:
         """Tokens that the training has seen."""
-        return batches_seen(trainer) * self.T * self.batch_size
+        return batches_seen(trainer) * trainer.datamodule.T * trainer.datamodule.batch_size
 
     def on_save_checkpoint(self, trainer: Trainer, module: LanguageModel, checkpoint: dict) -> None:
         if self.losses:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from stages.common.settings import Settings, as_list
 from stages.text.streams import Split
@@ -42,9 +41,10 @@ def run_identity(settings: Settings, train: Split, valid: Split) -> tuple[str, s
     decides["data"] = [train.sha256, valid.sha256, train.tokenizer]
     decides["versions"] = [library.__version__ for library in (torch, pl, np, transformers)]
     decides["code"] = code_digest()
-    for weights in sorted(Path(settings.model.from_pretrained or os.devnull).glob("*.safetensors")):
-        with weights.open("rb") as file:
-            decides[weights.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    pretrained = Path(settings.model.from_pretrained or os.devnull)
+    for path in sorted([*pretrained.glob("*.safetensors"), *pretrained.glob("config.json")]):
+        with path.open("rb") as file:
+            decides[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     run = digest(decides)
     if not any(map(may_know_horizon, as_list(decides["trainer"]["callbacks"]))):
         for group, keys in HORIZON.items():
@@ -62,10 +62,11 @@ def may_know_horizon(callback: dict) -> bool:
 
 
 def code_digest(root: Path = ROOT) -> str:
-    """SHA-256 of the code that dvc.yaml names among the deps of `train`: comments and docstrings don't count."""
+    """SHA-256 of the code that dvc.yaml names among the deps of `train`, the users' own too: comments and docstrings
+    don't count."""
     deps = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["deps"]
     digest = hashlib.sha256()
-    for dep in sorted(dep for dep in deps if dep.startswith("stages/")):
+    for dep in sorted(deps):
         for file in sorted([root / dep] if dep.endswith(".py") else (root / dep).rglob("*.py")):
             digest.update(f"{file.relative_to(root)}\n{what_runs(file.read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()
@@ -74,16 +75,14 @@ def code_digest(root: Path = ROOT) -> str:
 def what_runs(source: str) -> str:
     """Python source without comments, docstrings and layout."""
 
-    def plain(node: Any) -> Any:
-        if isinstance(node, ast.AST):
-            return [type(node).__name__, *[plain(getattr(node, name, None)) for name in node._fields]]
-        if isinstance(node, list):
-            # A string that stands alone does nothing, wherever it is.
-            return [plain(part) for part in node if not is_string(part)]
-        return node
-
-    return repr(plain(ast.parse(source)))
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for _, parts in ast.iter_fields(node):
+            if isinstance(parts, list):
+                # A string that stands alone does nothing, wherever it is.
+                parts[:] = [part for part in parts if not is_string(part)]
+    return ast.dump(tree)
 
 
-def is_string(node: ast.AST) -> bool:
+def is_string(node: object) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

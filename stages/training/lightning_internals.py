@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import PassThroughProfiler
@@ -86,6 +87,11 @@ def validation_follows(trainer: pl.Trainer, batch_idx: int, steps: float) -> boo
     first = batch_idx if trainer.check_val_every_n_epoch else batches_begun(trainer)
     last = min(first + trainer.accumulate_grad_batches, first - batch_idx + trainer.num_training_batches)
     return trainer.global_step + 1 >= steps or isinstance(interval, int) and last // interval > first // interval
+
+
+def put_metrics_back(trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+    """What was logged before a resume: a callback may look at it before it is logged again."""
+    trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 
 def cluster_environment(trainer: pl.Trainer) -> ClusterEnvironment:

@@ -8,7 +8,6 @@ from stages.model.intervals import perplexity
 from stages.text.streams import Split
 from stages.training.best import BestWeights
 from stages.training.checkpoints import Checkpoints
-from stages.training.data import step_tokens
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -85,7 +84,9 @@ def training_settings(settings: Settings) -> dict:
     }
 
 
-def model_card(settings: Settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints) -> ModelCard:
+def model_card(
+    settings: Settings, parameters: int, train: Split, valid: Split, checkpoints: Checkpoints, step_tokens: int
+) -> ModelCard:
     """The card of a trained model.
 
     It says only what the train stage's inputs decide (no date, no commit, no name of a text file),
@@ -96,6 +97,7 @@ def model_card(settings: Settings, parameters: int, train: Split, valid: Split, 
         parameters: how many the model has.
         train, valid: the token streams.
         checkpoints: of the finished training: its steps, and step and loss of the best weights.
+        step_tokens: that a step learned from at most.
     """
     best = checkpoints.best
     pretrained = settings.model.from_pretrained
@@ -106,7 +108,7 @@ def model_card(settings: Settings, parameters: int, train: Split, valid: Split, 
         train=train,
         train_tokens=len(train.tokens),
         steps=checkpoints.steps,
-        step_tokens=step_tokens(settings),
+        step_tokens=step_tokens,
         best=f"; these are the weights of step {best.step:,}, at the lowest validation loss" if figures else "",
         new_tokens=settings.model.block_size // 2,  # the prompt has to fit in beside them
         figures=figures_table(best, valid, settings.model.block_size),

@@ -41,7 +41,6 @@ class LanguageModel(internals.QuickAttributes):
             gpt2.call_blocks(model)
             model.activation_checkpointing_enable()
         self.loss = torch.compile(gpt2.loss) if settings.model.compile else gpt2.loss
-        self.nll = self.predicted = 0.0
         self.norm: Tensor | None = None
 
     def on_fit_start(self) -> None:

@@ -37,12 +37,12 @@ def on_this_machine(settings: Settings) -> Settings:
     """The settings with what trainer.precision: auto stands for here, which is part of what the run is."""
     if settings.trainer.precision != "auto":
         return settings
-    return with_trainer(settings, precision=auto_precision(settings.trainer.accelerator))
+    return changed(settings, "trainer", precision=auto_precision(settings.trainer.accelerator))
 
 
-def with_trainer(settings: Settings, **changes: Any) -> Settings:
-    """The settings with other ones in the trainer group."""
-    return settings.model_copy(update={"trainer": settings.trainer.model_copy(update=changes)})
+def changed(settings: Settings, group: str, **values: Any) -> Settings:
+    """The settings with other ones in a group."""
+    return settings.model_copy(update={group: getattr(settings, group).model_copy(update=values)})
 
 
 def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> pl.Trainer:
@@ -63,7 +63,7 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
             arguments["strategy"] = ShardedStrategy()
         check_refused("callbacks", users)
         check_refused("plugins", plugins)
-        return pl.Trainer(
+        trainer = pl.Trainer(
             **arguments,
             callbacks=[first, *users, *last],
             plugins=[*plugins, AtomicCheckpointIO()],
@@ -76,6 +76,9 @@ def make_trainer(settings: Settings, first: Callback, last: list[Callback]) -> p
             enable_checkpointing=any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in users),
             use_distributed_sampler=False,  # ShuffledBatches shares the work out itself
         )
+        if trainer.limit_val_batches:
+            trainer.limit_val_batches = 1.0  # it would be of each process: Blocks limits what all of them share
+        return trainer
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         # Lightning and the users' callbacks check their arguments in their own ways.
         raise UserError(f"trainer: {first_reason(str(error))}: change the trainer group") from None
@@ -88,6 +91,12 @@ def check_refused(key: str, users: list[Any]) -> None:
         for kind in type(user).__mro__:
             if kind.__name__ in REFUSED:
                 raise UserError(f"trainer.{key}: {name}: {REFUSED[kind.__name__]}")
+        late = {key: getattr(user, key, None) for key in ("update_starting_at_step", "update_starting_at_epoch")}
+        if any(late.values()) and isinstance(user, pl.callbacks.WeightAveraging):
+            raise UserError(
+                f"trainer.{key}: {name}: {next(filter(late.get, late))}: until then the untrained model "
+                "would be validated and exported: leave it out"
+            )
         monitor = getattr(user, "monitor", None)
         if monitor is not None and monitor not in METRIC_NAMES:
             raise UserError(f"trainer.{key}: {name} monitors {monitor!r}: the metrics are {', '.join(METRIC_NAMES)}")
@@ -120,6 +129,9 @@ def check_processes(trainer: pl.Trainer, settings: Settings) -> None:
     averages = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.WeightAveraging)]
     if averages and isinstance(strategy, ShardedStrategy):
         raise UserError(f"trainer.callbacks: {type(averages[0]).__name__} needs whole weights: set strategy ddp")
+    schedulers = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
+    if schedulers and settings.trainer.accumulate_grad_batches != 1:
+        raise UserError("trainer.accumulate_grad_batches: GradientAccumulationScheduler says it: set it to 1")
     internals.keep_buckets(strategy)
 
 

@@ -2,16 +2,16 @@
 
 import math
 import platform
-import resource
 from pathlib import Path
 
+from stages.common.errors import note
 from stages.common.files import write_json
+from stages.common.memory import peak_memory
 from stages.common.paths import METRICS, MODEL
-from stages.common.settings import Settings
 from stages.model import ops
 from stages.text.streams import Split
 from stages.training.checkpoints import Checkpoints, step_of
-from stages.training.data import Blocks, step_tokens
+from stages.training.data import Blocks
 from stages.training.history import History
 from stages.training.model_card import valid_figures
 from stages.training.module import LanguageModel
@@ -25,7 +25,12 @@ import transformers
 def print_start(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, resume: Path | None) -> None:
     """What is trained, and from where it goes on."""
     steps = blocks.planned_steps(trainer)
-    print(plan_line(module.settings, module.model.num_parameters(), blocks.train, steps), flush=True)
+    print(plan_line(trainer, module.model.num_parameters(), blocks), flush=True)
+    optimizer = module.settings.optimizer
+    if optimizer.num_training_steps and optimizer.num_training_steps < steps:
+        note(f"optimizer.num_training_steps: {optimizer.num_training_steps:,}: later steps have the lowest rate")
+    if optimizer.num_training_steps and optimizer.num_warmup_steps >= steps:
+        note(f"optimizer.num_warmup_steps: {optimizer.num_warmup_steps:,}: the training ends before its warm-up does")
     if resume and resume.name.startswith("trunk"):
         rest = f"{steps - step_of(resume):,} steps to train in place of {steps:,}"
         print(f"going on from step {step_of(resume):,} of the trunk: {rest}", flush=True)
@@ -33,25 +38,25 @@ def print_start(trainer: pl.Trainer, module: LanguageModel, blocks: Blocks, resu
         print(f"going on from {resume}", flush=True)
 
 
-def plan_line(settings: Settings, parameters: int, train: Split, steps: float) -> str:
-    """What is about to be trained; `steps` are infinite where only the clock or a callback ends it."""
-    tokens, each = len(train.tokens), step_tokens(settings)
-    length = f"{steps:,} steps of {each:,}, {steps * each / tokens:.3g} epochs" if math.isfinite(steps) else "no end"
+def plan_line(trainer: pl.Trainer, parameters: int, blocks: Blocks) -> str:
+    """What is about to be trained; it has no end where only the clock or a callback ends it."""
+    tokens, steps = len(blocks.train.tokens), blocks.planned_steps(trainer)
+    length = f"{steps:,} steps of {blocks.step_tokens(trainer):,}, {blocks.planned_epochs(trainer):.3g} epochs"
     model = f"GPT-2 with {parameters:,} parameters on {tokens:,} tokens, {tokens / parameters:.2g} each"
-    return f"{model}: {length}, {settings.trainer.precision}"
+    return f"{model}: {length if math.isfinite(steps) else 'no end'}, {blocks.settings.trainer.precision}"
 
 
 def write_run_figures(trainer: pl.Trainer, parameters: int, checkpoints: Checkpoints, history: History) -> dict:
     """metrics/run.json: what the training cost, and what differs between two runs of the same inputs."""
     cuda = torch.cuda.is_available()
-    tokens = history.train[-1]["tokens"] if history.train else 0
+    tokens = max((row["tokens"] for row in (*history.train, *history.valid)), default=0)
     figures = {
         "run": checkpoints.folder.name,
         "parameters": parameters,
         "tokens": tokens,
         "train_seconds": round(checkpoints.seconds, 1),
         "tokens_per_second": round(tokens / (checkpoints.seconds - checkpoints.validation_seconds)),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mb": round(peak_memory() / 2**20),
         "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else 0,
         "processes": trainer.world_size,
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),

@@ -162,6 +162,16 @@ def test_what_people_look_at_reruns_nothing(copy, warm):
     assert identity.code_digest(copy) == before
 
 
+def test_the_users_own_code_is_part_of_a_run(tmp_path):
+    """A callback's file that dvc.yaml names is, as those of the stages are."""
+    digests = []
+    for code in ("SCALE = 1", "SCALE = 1  # as before", "SCALE = 3"):
+        (tmp_path / "my_callbacks.py").write_text(code)
+        (tmp_path / "dvc.yaml").write_text("stages: {train: {deps: [my_callbacks.py, data/blocks]}}")
+        digests.append(identity.code_digest(tmp_path))
+    assert digests[0] == digests[1] != digests[2]
+
+
 digest_of = functools.cache(identity.code_digest)
 TRAINS = [file for dep in PIPELINE["train"]["deps"] if dep.startswith("stages")
           for file in sorted((ROOT / dep).rglob("*.py") if (ROOT / dep).is_dir() else [ROOT / dep])]  # fmt: skip

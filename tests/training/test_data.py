@@ -113,3 +113,39 @@ def test_each_block_is_read_with_the_file_in_which_it_begins():
 def test_the_blocks_of_one_file_stand_in_the_order_of_their_seed_and_epoch():
     places = np.array([3, 0, 74])
     assert shuffled(places, np.array([0, 75]), [1, 2]).tolist() == permuted(places, 75, [1, 2]).tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("limit", "tokens"), [(None, 23), (3, 6), (0.5, 12), (0.01, 2)])
+def test_processes_share_the_limited_validation(world, limit, tokens):
+    """However many there are, the same text is validated."""
+    trainer = SimpleNamespace(limit_val_batches=limit, overfit_batches=0.0)
+    settings = SimpleNamespace(**vars(SETTINGS), trainer=trainer, runtime=SimpleNamespace(num_workers=0))
+    scored = 0
+    for rank in range(world):
+        blocks = Blocks(SimpleNamespace(), Split(range(24)), settings)
+        blocks.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+        batches = list(blocks.val_dataloader())[: blocks.valid_batches]
+        scored += sum(batch.shape[0] for batch in batches)
+    assert scored == tokens
+
+
+class Split:
+    def __init__(self, tokens: range):
+        self.tokens = tokens
+
+    def windows(self, starts: list[int], length: int) -> np.ndarray:
+        return np.array([self.tokens[start : start + length] for start in starts])
+
+
+def test_tokens_and_epochs_of_a_schedule_of_batches():
+    blocks = Blocks(SimpleNamespace(tokens=range(11)), SimpleNamespace(), SETTINGS)  # 5 batches of 2 tokens
+    for arguments, callbacks, tokens, epochs in (
+        ({}, [], 2, 20 / 11),
+        ({"accumulate_grad_batches": 1000}, [], 10, 20 / 11),
+        ({}, [GradientAccumulationScheduler({0: 1, 1: 3})], 6, 2),
+        ({"max_epochs": None, "max_steps": 11}, [], 2, 2),
+    ):
+        trainer = trainer_of(*callbacks, **arguments)
+        assert blocks.step_tokens(trainer) == tokens
+        assert blocks.planned_epochs(trainer) == pytest.approx(epochs)

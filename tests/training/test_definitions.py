@@ -181,6 +181,8 @@ def test_points_of_the_history_become_fewer(files, monkeypatch):  # noqa: F811
         status, _, err = run_stage(files, "train", *SHORT, *few)
         assert status == 0, err
         tables[points] = pd.read_csv(files / "metrics/train.csv")
+    status, _, err = run_stage(files, "train", *SHORT, *few, "--trainer.limit_train_batches", "22")
+    assert json.loads((files / "metrics/run.json").read_text())["tokens"] == 22 * 24 * 8  # the last point is at 20
     every, points = tables[200], tables[8]
     assert every.step.tolist() == list(range(1, 21)) and points.step.tolist() == [4, 8, 12, 16, 20]
     assert points.train_loss.tolist() == pytest.approx(every.train_loss.to_numpy().reshape(5, 4).mean(1).tolist())
@@ -235,7 +237,9 @@ def test_what_a_run_is(built, tmp_path, monkeypatch):
     weights.write_bytes(b"one")
     one = of("--model.from_pretrained", str(weights.parent))
     weights.write_bytes(b"two")
-    assert of("--model.from_pretrained", str(weights.parent)) != one
+    two = of("--model.from_pretrained", str(weights.parent))
+    (weights.parent / "config.json").write_text("{}")
+    assert len({one, two, of("--model.from_pretrained", str(weights.parent))}) == 3
 
 
 def test_a_checkpoint_of_another_tokenizer_is_not_measured(built, tmp_path):

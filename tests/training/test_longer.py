@@ -1,5 +1,6 @@
 """A training made longer ends with the bytes of one trained from nothing to the new length."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -44,6 +45,22 @@ def train_in_pieces(monkeypatch, project: Path, every: int, *arguments: str) -> 
             return stops, printed
         assert status == 128 + signal.SIGTERM, err
         stops += 1
+
+
+def test_a_shorter_training_leaves_a_longer_ones_checkpoints(built, tmp_path):
+    """Of the longer one, those after the shorter one's cooldown began; and the shorter one goes on from its own."""
+    project = shutil.copytree(built, tmp_path / "project")
+    every = [*WSD, "--optimizer.decay_fraction", "0.5", "--runtime.checkpoint_every_n_steps", "4"]
+    long, short = ([*every, "--trainer.max_epochs", "null", "--trainer.max_steps", steps] for steps in ("60", "24"))
+    log = project / "train.log"
+    assert forked(project, *long, kill=(signal.SIGTERM, 22)) == 128 + signal.SIGTERM
+    assert forked(project, *short, kill=(signal.SIGTERM, 9)) == 128 + signal.SIGTERM
+    log.write_text("")
+    assert forked(project, *short) == 0
+    assert re.search(r"going on from .*step-000000009\.ckpt", log.read_text()), log.read_text()
+    log.write_text("")
+    assert forked(project, *long) == 0
+    assert re.search(r"going on from .*step-000000022\.ckpt", log.read_text()), log.read_text()
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -113,6 +113,17 @@ def test_two_processes_are_one_training(project, alone, warm, tmp_path):
     assert loss == pytest.approx(pd.read_csv(alone / "metrics/valid.csv")["valid_loss"].min(), abs=1e-6)
 
 
+def test_two_processes_plan_with_different_clocks(project):
+    set_params(project, *TWO)
+    (project / "clocks.py").write_text(
+        "import os\nfrom stages.common.errors import run\nfrom tools import plan\n"
+        "plan.SECONDS = 0.0 if os.environ.get('LOCAL_RANK') else 2.0\nrun(plan.main)\n"
+    )
+    process = start(sys.executable, "clocks.py", cwd=project)
+    output, _ = process.communicate(timeout=120)  # one alone would wait for the other
+    assert process.returncode == 0 and output.count("minutes") == 1, output
+
+
 def test_killed_process_ends_the_run_and_one_goes_on(project, alone, warm):
     set_params(project, *TWO, "runtime.checkpoint_every_n_steps=20")
     dvc = start("dvc", "repro", "train", cwd=project)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run, run_stage, set_params, train_inputs
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 # Few blocks, so that a run is over in a second.
 SHORT = ["--model.block_size", "16", "--optimizer.batch_size", "24", "--trainer.max_epochs", "1"]
@@ -235,12 +235,12 @@ def test_next_logits_with_a_cache_are_those_without():
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     ids = torch.randint(311, (2, 32))
-    cache = gpt2.Cache(model)
+    cache = DynamicCache()
     with torch.inference_mode():
         expected = model(ids).logits
         for length in range(5, 33):
-            fresh = ids[:, cache.length : length]
-            assert fresh.shape[1] == (1 if cache.length else 5)
+            fresh = ids[:, cache.get_seq_length() : length]
+            assert fresh.shape[1] == (1 if length > 5 else 5)
             measured = gpt2.next_logits(model, fresh, cache)
             assert torch.allclose(measured, expected[:, length - 1], rtol=1e-4, atol=1e-4)
 
