@@ -87,6 +87,8 @@ def noise_text(run: Run, groups: dict[str, list[Run]], as_json: bool) -> str:
     for name in run.figures:
         values = [each.number(name, "bits_per_byte") for each in group]
         noise = pooled([group], name, "")
+        if noise is None:
+            raise UserError(f"{run.label}: a seed has no bits per byte of {name}: run `dvc repro` there")
         floor = noise.half_width(1, 1)
         rows[name] = {"mean": sum(values) / len(values), "sd": noise.sd, "floor": floor, "values": values}
     if as_json:

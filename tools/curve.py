@@ -29,10 +29,12 @@ def main() -> None:
     names = command.parse_args().runs
     known = history(revisions=revisions_of(names))
     runs = [find(name, known) for name in names]
-    for other in runs[1:]:
-        check_alike(runs[0], other)
+    for each in runs:
+        check_alike(runs[0], each)
     points = sorted((number(run.timing, "tokens"), run.number("test", "loss")) for run in runs)
     tokens, losses = (np.array(column, float) for column in zip(*points, strict=True))
+    if not np.isfinite([tokens, losses]).all():
+        raise UserError("a run has no tokens in metrics/run.json, or no loss of test: run `dvc repro` there")
     if len(set(tokens)) < 3:
         raise UserError(f"{len(set(tokens))} lengths: a curve needs three or more runs of different lengths")
     further = tokens[-1] * np.geomspace(1, FURTHEST, 9)
@@ -46,7 +48,9 @@ def main() -> None:
 
 
 def check_alike(a: Run, b: Run) -> None:
-    """Raises UserError when two runs differ in more than their length."""
+    """Raises UserError when two runs differ in more than their length, or that isn't known."""
+    if b.unknown:
+        raise UserError(f"{b.label}: {b.unknown}, so whether it differs in its length only isn't known")
     for key in sorted(a.params.keys() | b.params.keys()):
         if key not in LENGTH and a.params.get(key) != b.params.get(key):
             raise UserError(f"{a.label} and {b.label} differ in {key}: a curve is of runs that differ in length only")

@@ -18,7 +18,7 @@ from stages.common.files import new_folder
 from stages.common.params import load
 from stages.common.settings import Generate, Group, Settings, about
 from stages.evaluate import fresh_blocks, load_checkpoint
-from stages.model.gpt2 import sampling
+from stages.model.gpt2 import block_size_of, sampling
 from stages.model.intervals import perplexity
 from stages.model.scoring import checked_stride, token_losses
 from stages.text.tokenizers import HARD_TEXTS, JsonTokenizer, TextTokenizer, copy_tokenizer, load_tokenizer
@@ -64,9 +64,9 @@ def save(model: GPT2LMHeadModel, tokenizer_folder: Path, folder: Path, generate:
     options = {"temperature": generate.temperature, "top_k": generate.top_k, "top_p": generate.top_p}
     # The likeliest token always: transformers takes no temperature of 0.
     options = options if generate.temperature else {"do_sample": False}
-    model.generation_config = sampling(model, model.config.n_positions, **options)
+    model.generation_config = sampling(model, block_size_of(model.config), **options)
     model.save_pretrained(folder)
-    copy_tokenizer(tokenizer_folder, folder, model.config.n_positions)
+    copy_tokenizer(tokenizer_folder, folder, block_size_of(model.config))
 
 
 def write_gguf(model: GPT2LMHeadModel, tokenizer: TextTokenizer, path: Path) -> None:

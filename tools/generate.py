@@ -26,7 +26,7 @@ class Options(Group):
 def main() -> None:
     settings = load("tools.generate", __doc__, Options)
     prompt, folder = settings.options.prompt, settings.options.model
-    device = device_of(settings.evaluate.accelerator, "evaluate.accelerator")
+    device = device_of(settings.evaluate.accelerator)
     model, tokenizer = load_model(folder).to(device).eval(), load_tokenizer(folder)
     if (size := tokenizer.vocab_size) > model.config.vocab_size:
         raise UserError(f"{folder}: its tokenizer has {size:,} tokens, its model only {model.config.vocab_size:,}")

@@ -6,13 +6,13 @@ It trains for a few steps with the settings as they are, times five of them or m
 """
 
 import math
-import resource
 import shutil
 import sys
 import time
 from typing import Any
 
 from stages.common.errors import run
+from stages.common.memory import peak_memory
 from stages.common.params import load
 from stages.common.paths import BLOCKS
 from stages.common.settings import Settings
@@ -21,11 +21,11 @@ from stages.text.streams import Split, load_split
 from stages.train import first_model
 from stages.training.best import BestWeights
 from stages.training.checkpoints import KEPT
-from stages.training.data import Blocks, step_tokens
+from stages.training.data import Blocks, limited
 from stages.training.history import History
 from stages.training.module import LanguageModel
 from stages.training.sharded import module_of
-from stages.training.trainer import check_processes, make_trainer, on_this_machine, quiet_libraries, with_trainer
+from stages.training.trainer import changed, check_processes, make_trainer, on_this_machine, quiet_libraries
 from stages.watch.summary import plan_line
 
 import torch
@@ -46,21 +46,20 @@ def main() -> None:
     ops.reuse_memory()
     train, valid = load_split("train"), load_split("valid")
     libraries = peak_memory()
-    model = first_model(settings, train, valid)
+    model = first_model(settings, train)
     trial, trainer = tried(settings, model, train, valid)
     if trainer.is_global_zero:
         parameters, weights = model.num_parameters(), 4 * model.num_parameters()
-        print(plan_line(settings, parameters, train, trial.planned))
+        print(plan_line(trainer, parameters, trainer.datamodule))
         print(f"minutes   {minutes(trial, trainer)}")
         print(f"memory    {memory(trial, trainer, weights, libraries)}")
         trunks = settings.runtime.keep_trunks if settings.optimizer.schedule == "wsd" else 0
         print(f"disk      {disk(trial, weights, trunks)}", flush=True)
-        for line in odd_choices(settings, model.config, parameters, train, trial.planned):
+        for line in odd_choices(settings, model.config, parameters, train, trial.epochs):
             print(f"note: {line}", file=sys.stderr)
     planned = seconds(trial, trainer)
     if may_compile(settings, trainer, planned):
-        group = settings.model.model_copy(update={"compile": True})
-        compiled, trainer = tried(settings.model_copy(update={"model": group}), model, train, valid)
+        compiled, trainer = tried(changed(settings, "model", compile=True), model, train, valid)
         if seconds(compiled, trainer) < planned:
             said = minutes(compiled, trainer, unit=" minutes")
             print(f"note: model.compile: true would take {said}: set it", file=sys.stderr)
@@ -69,8 +68,10 @@ def main() -> None:
 def tried(settings: Settings, model: GPT2LMHeadModel, train: Split, valid: Split) -> tuple["Trial", Trainer]:
     """Some steps of a training, and a validation."""
     # Without the users' callbacks: they may write files, or end it sooner.
-    settings = with_trainer(settings, callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=VALIDATED)
-    trial, blocks, module = Trial(), Blocks(train, valid, settings), module_of(model, settings)
+    limit = settings.trainer.overfit_batches or settings.trainer.limit_val_batches
+    few = {"limit_val_batches": 0 if limit == 0 else VALIDATED}
+    settings = changed(settings, "trainer", callbacks=None, min_epochs=None, min_steps=None, **few)
+    trial, blocks, module = Trial(limit), Blocks(train, valid, settings), module_of(model, settings)
     trainer = make_trainer(settings, BestWeights(), [History(), trial])
     check_processes(trainer, settings)
     trainer.precision_plugin.convert_module(module)
@@ -89,8 +90,12 @@ def may_compile(settings: Settings, trainer: Trainer, planned: float) -> bool:
 class Trial(Callback):
     """Times steps and a validation, and ends the training after them."""
 
+    def __init__(self, limit: float | None):
+        self.limit = limit  # of the batches of a validation
+
     def on_train_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.planned = trainer.datamodule.planned_steps(trainer)
+        self.epochs = trainer.datamodule.planned_epochs(trainer)
         self.marks, self.validation = [now(trainer)], 0.0  # seconds: between two steps; of the last validation
 
     def on_train_batch_end(
@@ -99,7 +104,7 @@ class Trial(Callback):
         if trainer.global_step == len(self.marks):
             self.marks.append(now(trainer))
             enough = len(self.marks) > WARM + TIMED and self.marks[-1] - self.marks[WARM] >= SECONDS
-            trainer.should_stop |= enough
+            trainer.should_stop |= trainer.strategy.reduce_boolean_decision(enough)  # each has its own clock
 
     def on_validation_start(self, trainer: Trainer, module: LanguageModel) -> None:
         self.started = now(trainer)
@@ -109,8 +114,7 @@ class Trial(Callback):
         self.marks = [mark + self.validation for mark in self.marks]  # it is no part of a step
 
     def on_train_end(self, trainer: Trainer, module: LanguageModel) -> None:
-        optimizer = trainer.optimizers[0]
-        states = [state for part in getattr(optimizer, "parts", [optimizer]) for state in part.state.values()]
+        states = trainer.optimizers[0].state.values()
         self.optimizer = sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
 
 
@@ -123,6 +127,8 @@ def now(trainer: Trainer) -> float:
 
 def minutes(trial: Trial, trainer: Trainer, unit: str = "") -> str:
     step, (validations, each) = step_seconds(trial), validating(trial, trainer)
+    if math.isinf(trial.planned):
+        return f"no end but trainer.max_time or a callback's: steps of {step:.3g} s"
     steps = f"{trial.planned:,} steps of {step:.3g} s, {validations} validations of {each:.3g} s"
     return f"{seconds(trial, trainer) / 60:,.2f}{unit}: {steps}"
 
@@ -145,8 +151,11 @@ def step_seconds(trial: Trial) -> float:
 def validating(trial: Trial, trainer: Trainer) -> tuple[int, float]:
     """How often a training is validated, and the seconds of each time."""
     batches = trial.planned * trainer.accumulate_grad_batches / (trainer.check_val_every_n_epoch or 1)
-    each = trial.validation * max(1, trainer.datamodule.valid_batches / VALIDATED)
-    return math.ceil(batches / trainer.val_check_batch) if each and math.isfinite(batches) else 0, each
+    if not trial.validation or not math.isfinite(batches):
+        return 0, 0.0
+    blocks, tried = trainer.datamodule, sum(trainer.num_val_batches)
+    each = trial.validation * limited(blocks.all_valid_batches, trial.limit) / trainer.world_size / tried
+    return math.ceil(batches / trainer.val_check_batch), each
 
 
 def memory(trial: Trial, trainer: Trainer, weights: int, libraries: int) -> str:
@@ -167,10 +176,6 @@ def disk(trial: Trial, weights: int, trunks: int) -> str:
     return f"blocks {mib(blocks)}, {checkpoints}, DVC's cache {mib(weights)} a run"
 
 
-def peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
@@ -184,13 +189,12 @@ def usual_lr(optimizer: str, width: int, parameters: int) -> float:
     return 0.1 / math.sqrt(width) if optimizer == "muon" else max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
 
 
-def odd_choices(settings: Settings, config: GPT2Config, parameters: int, train: Split, steps: float) -> list[str]:
+def odd_choices(settings: Settings, config: GPT2Config, parameters: int, train: Split, epochs: float) -> list[str]:
     """What seldom serves such a text and such a model, a line each: what, and what to do."""
     tokens, model, new = len(train.tokens), settings.model, not settings.model.from_pretrained
     name, lr = settings.optimizer.name, settings.optimizer.lr
     usual = usual_lr(name, config.n_embd, parameters) * (1 if new else 0.1)
     vocabulary, length = config.vocab_size * config.n_embd / parameters, tokens / max(train.documents, 1)
-    epochs = steps * step_tokens(settings) / tokens
     few, entries = tokens < parameters / 10, f"{config.vocab_size:,} entries"
     odd = {
         f"model: {parameters:,} parameters learn {tokens:,} tokens by heart: take fewer": few and new,

@@ -81,12 +81,8 @@ def judge(a: list[Run], b: list[Run], name: str, noise: Noise | None, only_seed:
     ppl = row_of(*nll, before[:, TOKENS], perplexity) if one_tokenizer else None
     seed = noise.half_width(len(a), len(b)) if noise else None
     if seed is not None:
-        difference, below, above = (
-            bits["difference"],
-            bits["difference"] - bits["low"],
-            bits["high"] - bits["difference"],
-        )
-        bits["with_seeds"] = [difference - math.hypot(below, seed), difference + math.hypot(above, seed)]
+        middle, low, high = (bits[key] for key in ("difference", "low", "high"))
+        bits["with_seeds"] = [middle - math.hypot(middle - low, seed), middle + math.hypot(high - middle, seed)]
     word, why = call(bits, noise, seed, len(a), len(b), len(size), only_seed)
     return {"bits_per_byte": bits, "ppl": ppl, "verdict": word, "why": why, "exact": exact}
 
@@ -108,15 +104,12 @@ def call(bits: dict, noise: Noise | None, seed: float | None, a: int, b: int, ro
         return UNSURE, "the same figures" if difference == 0 else f"only the seed differs: training noise{spread}"
     if rows < FEWEST_ROWS:
         return UNSURE, f"{rows} test document{'s' * (rows > 1)}: too few to resample ({FEWEST_ROWS} at least)"
-    clear = low > 0 or high < 0
+    word, clear = BETTER if difference < 0 else WORSE, low > 0 or high < 0
     if clear and noise:
-        return (BETTER if difference < 0 else WORSE), f"beyond test documents and seeds ({noise.source})"
+        return word, f"beyond test documents and seeds ({noise.source})"
     if clear:
-        return (
-            UNSURE,
-            "the training noise is unknown: `make seeds N=3` measures it; on these documents alone it is "
-            + (f"{BETTER if difference < 0 else WORSE}"),
-        )
+        why = "the training noise is unknown: `make seeds N=3` measures it; on these documents alone it is"
+        return UNSURE, f"{why} {word}"
     if difference == 0:
         return UNSURE, "the same figures"
     half = (bits["high"] - bits["low"]) / 2
@@ -143,8 +136,10 @@ def differing(a: Run, b: Run, name: str) -> list[str]:
     for run in (a, b):
         if name not in run.documents or run.detail(name, "text") is None:
             return [f"{run.label} has no metrics/documents.csv of {name}: run `dvc repro` there"]
-    words = {"text": f"the text of {name} differs", "stride": "evaluate.stride differs"}
-    found = [words[key] for key in words if a.detail(name, key) != b.detail(name, key)]
+    strides = [run.detail(name, "stride") for run in (a, b)]
+    no_overlap = all(stride == run.params.get("model.block_size") for stride, run in zip(strides, (a, b)))
+    found = [f"the text of {name} differs"] * (a.detail(name, "text") != b.detail(name, "text"))
+    found += ["evaluate.stride differs"] * (strides[0] != strides[1] and not no_overlap)
     if not found and len(a.documents[name]) != len(b.documents[name]):
         found = [f"documents.csv groups the documents of {name} otherwise"]
     lossy = [run for run in (a, b) if run.detail(name, "changed_documents")]
@@ -171,12 +166,12 @@ def noise_of(a: Run, b: Run, name: str, groups: dict[str, list[Run]]) -> Noise |
     own = [groups[recipe] for recipe in dict.fromkeys((a.recipe, b.recipe)) if len(groups.get(recipe, [])) > 1]
     if own:
         return pooled(own, name, " and ".join(f"{len(group)} seeds of {group[0].label}" for group in own))
-    sizes = [number(run.timing, "parameters") for run in (a, b)]
+    sizes = np.array([number(run.timing, "parameters") for run in (a, b)])
     found = []
     for group in groups.values():
         if len(group) > 1 and not differing(group[0], a, name):
             size = number(group[0].timing, "parameters")
-            away = max(abs(math.log(size / each)) for each in sizes)  # NaN where a size is unknown
+            away = float(np.abs(np.log(size / sizes)).max())  # NaN where a size is unknown
             if away <= math.log(OF_THE_SAME_SIZE):
                 found.append((away, len(found), group))
     if not found:

@@ -5,8 +5,10 @@ import math
 import re
 from pathlib import Path
 
+from stages.common.errors import UserError
 from stages.model.intervals import interval
-from tools.verdict import Noise, call, judge
+from tools.compare import noise_text
+from tools.verdict import Noise, call, judge, noise_of
 
 import numpy as np
 import pytest
@@ -97,6 +99,11 @@ def test_figures_are_those_of_the_runs_and_pairs_that_differ_are_refused():
         assert refused["verdict"] == "can't be compared" and why in refused["why"]
     lossy = [made(value, changed_documents=2) for value in (0, -0.05)]
     assert found["exact"] and not judge(lossy[:1], lossy[1:], "test", None)["exact"]
+    shorter, longer = made(0, stride=16), made(-0.05, stride=32)  # no windows that overlap, of two models
+    shorter.params["model.block_size"], longer.params["model.block_size"] = 16, 32
+    assert judge([shorter], [longer], "test", None)["bits_per_byte"]["difference"] < 0
+    longer.params["model.block_size"] = 64
+    assert judge([shorter], [longer], "test", None)["why"] == "evaluate.stride differs"
     other = judge([a], [made(-0.05, tokenizer="other")], "test", None)
     assert other["ppl"] is None and other["bits_per_byte"]["difference"] < 0
 
@@ -174,3 +181,20 @@ def test_noise_is_lent_by_the_nearest_group_of_the_same_size(lived):
     found = json.loads(out)
     assert "taken from 3 seeds" in found["seeds"]["noise"]["test"]["source"]
     assert found["sets"]["test"]["verdict"] == "better"
+
+
+def test_noise_is_not_lent_where_a_size_is_unknown():
+    group, a, b = [made(0.0001 * seed, seed) for seed in (1, 2, 3)], made(-0.05), made(-0.08)
+    for lr, each in enumerate((*group, a, b)):
+        each.timing, each.params["lr"] = {"parameters": 1000}, max(0, lr - 2)
+    assert noise_of(a, b, "test", {group[0].recipe: group}).degrees == 2
+    b.timing = {}
+    assert noise_of(a, b, "test", {group[0].recipe: group}) is None
+    assert noise_of(b, a, "test", {group[0].recipe: group}) is None
+
+
+def test_a_seed_without_figures_has_no_noise():
+    group = [made(0, seed) for seed in (1, 2)]
+    group[1].figures = {"test": {}}
+    with pytest.raises(UserError, match="a seed has no bits per byte of test"):
+        noise_text(group[0], {group[0].recipe: group}, as_json=False)

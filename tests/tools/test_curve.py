@@ -66,6 +66,17 @@ def test_other_settings_are_no_curve(monkeypatch, tmp_path):
         shown(monkeypatch, tmp_path, runs)
 
 
+def test_what_is_not_known_is_no_curve(monkeypatch, tmp_path):
+    runs = runs_of(4)
+    runs[3].timing = {}
+    with pytest.raises(UserError, match="^a run has no tokens in metrics/run.json, or no loss of test"):
+        shown(monkeypatch, tmp_path, runs)
+    for run in runs:
+        run.unknown = "no dvc.lock"
+    with pytest.raises(UserError, match="^epochs-0: no dvc.lock, so whether it differs in its length only isn't known"):
+        shown(monkeypatch, tmp_path, runs)
+
+
 def test_two_lengths_are_too_few(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="^2 lengths"):
         shown(monkeypatch, tmp_path, runs_of(2))

@@ -50,6 +50,29 @@ def test_a_training_shorter_than_the_trial(built):
     assert re.search(r"^minutes +0\.\d+: 1 steps of ", out, re.M)
 
 
+@pytest.mark.parametrize("limit, seconds", [(None, 20.0), (0.5, 10.0), (8, 4.0), (100, 20.0)])
+def test_validations_are_of_as_much_text_as_they_will_be(limit, seconds):
+    """A trial's takes 2 seconds for 4 batches of 40."""
+    trial = SimpleNamespace(planned=100, validation=2.0, limit=limit)
+    blocks = SimpleNamespace(all_valid_batches=40)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, check_val_every_n_epoch=1, val_check_batch=10)
+    vars(trainer).update(num_val_batches=[4], world_size=1, datamodule=blocks)
+    assert plan.validating(trial, trainer) == (10, seconds)
+
+
+def test_no_validations(built):
+    status, out, err = run_stage(built, "tools.plan", "--trainer.limit_val_batches", "0")
+    assert status == 0 and re.search(r", 0 validations of 0 s$", out, re.M), err
+
+
+def test_a_training_without_an_end(built):
+    endless = ("--trainer.max_epochs", "-1", "--trainer.max_time", "00:01:00:00", "--optimizer.schedule", "constant")
+    status, out, err = run_stage(built, "tools.plan", *endless)
+    assert status == 0 and re.search(r"^minutes +no end but trainer.max_time or a callback's: steps of ", out, re.M), (
+        err
+    )
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_compiling_is_tried_where_it_may_pay(built, monkeypatch):
     tried, takes, compiled = plan.tried, {False: 51.0, True: 48.0}, []
@@ -79,12 +102,12 @@ def test_compiling_is_tried_where_it_may_pay(built, monkeypatch):
         ({"vocab_size": 50257, "parameters": 7_200_000}, "tokenizer.vocab_size"),
         ({"documents": 100_000}, "model.block_size"),
         ({"lr": 3e-4}, "optimizer.lr"),
-        ({"steps": 10_000}, "trainer"),
-        ({"steps": 10_000, "dropout": 0.1}, None),
+        ({"epochs": 45.0}, "trainer"),
+        ({"epochs": 45.0, "dropout": 0.1}, None),
     ],
 )
 def test_odd_choices(changes, key):
-    c = {"lr": 1e-2, "dropout": 0.0, "steps": 456, "tokens": 900_000, "parameters": 1_300_000, "documents": 1000}
+    c = {"lr": 1e-2, "dropout": 0.0, "epochs": 2.1, "tokens": 900_000, "parameters": 1_300_000, "documents": 1000}
     c = SimpleNamespace(**{**c, "vocab_size": 4096, **changes})
     settings = SimpleNamespace(
         optimizer=SimpleNamespace(name="muon", lr=c.lr, batch_size=32),
@@ -93,7 +116,7 @@ def test_odd_choices(changes, key):
     )
     config = SimpleNamespace(vocab_size=c.vocab_size, n_embd=128)
     train = SimpleNamespace(tokens=range(c.tokens), documents=c.documents)
-    odd = [line.split(":")[0] for line in plan.odd_choices(settings, config, c.parameters, train, c.steps)]
+    odd = [line.split(":")[0] for line in plan.odd_choices(settings, config, c.parameters, train, c.epochs)]
     assert odd == ([key] if key else [])
 
 
