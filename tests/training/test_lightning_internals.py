@@ -90,6 +90,19 @@ def test_batches_are_counted_and_counted_anew_after_a_resume(tmp_path):
     assert (whole.epochs_begun, resumed.epochs_begun) == ([0, 1], [1])
 
 
+def test_metrics_are_put_back():
+    """And stay until they are logged again, as a training begins."""
+
+    class AtTheStart(pl.Callback):
+        def on_fit_start(self, trainer, module):
+            internals.put_metrics_back(trainer, {"valid_loss": 2.5})
+
+        def on_train_epoch_end(self, trainer, module):
+            assert trainer.callback_metrics["valid_loss"] == 2.5
+
+    trainer_of(AtTheStart(), limit_val_batches=0).fit(Small())
+
+
 def test_a_validation_inside_a_training():
     class AtTheEnd(pl.Callback):
         def on_train_end(self, trainer, module):
