@@ -84,7 +84,7 @@ def may_compile(settings: Settings, trainer: Trainer, planned: float) -> bool:
     kind = trainer.strategy.root_device.type
     compiler = kind == "cuda" or shutil.which("g++") is not None
     asked = settings.model.compile or trainer.world_size > 1
-    return compiler and not asked and SAVED.get(kind, 0.0) * planned > COMPILING
+    return compiler and not asked and COMPILING < SAVED.get(kind, 0.0) * planned < math.inf
 
 
 class Trial(Callback):

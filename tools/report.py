@@ -109,7 +109,7 @@ def described(runs: list[Run]) -> list[dict[str, Any]]:
     letters, bits_letters = {}, {}
     rows = []
     for run in reversed(runs):
-        scored = run.detail("test", "text"), run.detail("test", "stride")
+        scored = run.detail("test", "text"), run.stride("test")
         known = scored[0] is not None
         lossy = run.detail("test", "tokenizer") if run.detail("test", "changed_documents") else None
         letter = name_of(letters, (*scored, run.detail("test", "tokenizer"))) if known else "?"

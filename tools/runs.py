@@ -108,6 +108,11 @@ class Run:
     def detail(self, name: str, key: str) -> Any:
         return self.part(self.details, name).get(key)
 
+    def stride(self, name: str) -> Any:
+        """Tokens between the starts of two windows of a set; "block_size" where it is known that none overlap."""
+        stride = self.detail(name, "stride")
+        return "block_size" if stride is not None and stride == self.params.get("model.block_size") else stride
+
 
 def recipe_of(params: dict[str, Any], sources: dict[str, str]) -> str:
     rest = {key: value for key, value in params.items() if key != SEED}

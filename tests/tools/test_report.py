@@ -357,3 +357,12 @@ def test_mistakes_are_one_line(template, tmp_path):
     assert "--help" in error("--sort", "ppl", cwd=young)
     shutil.rmtree(young / ".git")
     assert "not a git repository" in error(cwd=young)
+
+
+def test_two_block_sizes_without_overlap_have_one_letter():
+    runs = [made(0, stride=16), made(-0.05, stride=32), made(-0.02, stride=8)]
+    for each, block_size in zip(runs, (16, 32, 32)):
+        each.params["model.block_size"] = block_size
+        each.more = {name: keep(None) for name, keep in report.MORE.items()}
+    letters = {row["run"].detail("test", "stride"): row["letter"] for row in report.described(runs)}
+    assert letters[16] == letters[32] != letters[8]
