@@ -223,7 +223,7 @@ class Evaluate(Group):
     batch_size: Count = about("windows in one forward pass")
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = about("what to compute on; auto: a GPU where there is one")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = about(
-        "number format of the computation; null: the one of the training"
+        "number format of the computation; null: the mixed one of the training, or 32-true"
     )
 
 

@@ -213,8 +213,7 @@ class Checkpoints(Callback):
         self.steps = 0
         self.seconds = self.validation_seconds = 0.0
         self.last_validation = float("inf")  # seconds; how long the first one takes isn't known
-        self.random = None
-        self.started = time.monotonic()
+        self.random, self.metrics = None, {}
 
     def share_trunk(self, identity: str, settings: Optimizer, steps: float) -> None:
         """With schedule wsd, steps up to the start of the cooldown are of this identity.
@@ -279,8 +278,7 @@ class Checkpoints(Callback):
         checkpoint |= {"should_stop": trainer.should_stop, "metrics": metrics}
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        trainer.should_stop = checkpoint["should_stop"]
-        internals.put_metrics_back(trainer, checkpoint["metrics"])
+        trainer.should_stop, self.metrics = checkpoint["should_stop"], checkpoint["metrics"]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -305,6 +303,7 @@ class Checkpoints(Callback):
         self.started = self.last_saved = time.monotonic()
         self.last_step, self.planned = trainer.global_step, trainer.datamodule.planned_steps(trainer)
         internals.begin_batch_again(trainer)
+        internals.put_metrics_back(trainer, self.metrics)  # before, Lightning would forget them
         self.signals.listen(trainer, self.identity)
         internals.repeat_epoch_start(trainer)
         if self.random is not None:

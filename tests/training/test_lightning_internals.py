@@ -94,7 +94,7 @@ def test_metrics_are_put_back():
     """And stay until they are logged again, as a training begins."""
 
     class AtTheStart(pl.Callback):
-        def on_fit_start(self, trainer, module):
+        def on_train_start(self, trainer, module):
             internals.put_metrics_back(trainer, {"valid_loss": 2.5})
 
         def on_train_epoch_end(self, trainer, module):
