@@ -69,8 +69,8 @@ def tried(settings: Settings, model: GPT2LMHeadModel, train: Split, valid: Split
     """Some steps of a training, and a validation."""
     # Without the users' callbacks: they may write files, or end it sooner.
     limit = settings.trainer.overfit_batches or settings.trainer.limit_val_batches
-    few = {"limit_val_batches": 0 if limit == 0 else VALIDATED}
-    settings = changed(settings, "trainer", callbacks=None, min_epochs=None, min_steps=None, **few)
+    few = 0 if limit == 0 else VALIDATED
+    settings = changed(settings, "trainer", callbacks=None, min_epochs=None, min_steps=None, limit_val_batches=few)
     trial, blocks, module = Trial(limit), Blocks(train, valid, settings), module_of(model, settings)
     trainer = make_trainer(settings, BestWeights(), [History(), trial])
     check_processes(trainer, settings)

@@ -25,6 +25,11 @@ def limited(batches: int, limit: float | None) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def schedule_of(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    """The callback that says how many batches an optimizer step has, where there is one."""
+    return next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+
+
 def permuted(places: np.ndarray, size: int, key: list[int]) -> np.ndarray:
     """What stands at these places of a random order of 0 .. size - 1, without the order in memory.
 
@@ -139,23 +144,25 @@ class Blocks(pl.LightningDataModule):
         Lightning's estimated_stepping_batches says it only once a training has begun, and knows no schedule of
         batches a step.
         """
-        batches = limited((len(self.train.tokens) - 1) // self.T // self.batch_size, trainer.limit_train_batches)
-        schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+        batches, schedule = self.epoch_batches(trainer), schedule_of(trainer)
         if trainer.max_epochs in (None, -1):
             steps = math.inf
-        elif schedules:
-            per_step = map(schedules[0].get_accumulate_grad_batches, range(trainer.max_epochs))
+        elif schedule:
+            per_step = map(schedule.get_accumulate_grad_batches, range(trainer.max_epochs))
             steps = sum(math.ceil(batches / each) for each in per_step)
         else:
             steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
+    def epoch_batches(self, trainer: pl.Trainer) -> int:
+        """Batches that an epoch has."""
+        return limited((len(self.train.tokens) - 1) // self.T // self.batch_size, trainer.limit_train_batches)
+
     def step_tokens(self, trainer: pl.Trainer) -> int:
         """Tokens that an optimizer step learns from at most."""
-        batches = limited((len(self.train.tokens) - 1) // self.T // self.batch_size, trainer.limit_train_batches)
-        schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
-        most = max(schedules[0].scheduling.values()) if schedules else trainer.accumulate_grad_batches
-        return min(most, batches) * self.T * self.batch_size
+        schedule = schedule_of(trainer)
+        most = max(schedule.scheduling.values()) if schedule else trainer.accumulate_grad_batches
+        return min(most, self.epoch_batches(trainer)) * self.T * self.batch_size
 
     def planned_epochs(self, trainer: pl.Trainer) -> float:
         """Passes over the training text, infinite where neither steps nor epochs end it."""

@@ -12,6 +12,7 @@ from stages.common.params import first_reason, trainer_parser
 from stages.common.settings import Settings, as_list
 from stages.training import lightning_internals as internals
 from stages.training.checkpoints import AtomicCheckpointIO
+from stages.training.data import schedule_of
 from stages.training.sharded import ShardedStrategy
 
 import pytorch_lightning as pl
@@ -129,8 +130,7 @@ def check_processes(trainer: pl.Trainer, settings: Settings) -> None:
     averages = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.WeightAveraging)]
     if averages and isinstance(strategy, ShardedStrategy):
         raise UserError(f"trainer.callbacks: {type(averages[0]).__name__} needs whole weights: set strategy ddp")
-    schedulers = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
-    if schedulers and settings.trainer.accumulate_grad_batches != 1:
+    if schedule_of(trainer) and settings.trainer.accumulate_grad_batches != 1:
         raise UserError("trainer.accumulate_grad_batches: GradientAccumulationScheduler says it: set it to 1")
     internals.keep_buckets(strategy)
 
